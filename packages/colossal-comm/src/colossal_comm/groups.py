@@ -1,0 +1,134 @@
+"""One process group of torch.distributed for each (ranks, use), made when first used, and the collectives on it.
+
+Groups are made by their members alone, under a name that depends on the members and the use only, so ranks outside are not disturbed
+and need not keep the same order of creation. Within a group every member must make its first call at the same point of the program
+(all do, since they run the same collectives); `prepare` does it ahead of time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from colossal_comm import _torch_private
+
+if TYPE_CHECKING:
+    from colossal_core.collectives import Handle, ReduceOp, Transfer
+
+    from colossal_comm.transport import Group
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_LEFT = "colossal/left"
+
+
+class WorkHandle:
+    """Several works of torch.distributed as one handle. Keeps their tensors alive until they are waited for."""
+
+    def __init__(self, works: Sequence[dist.Work | None], tensors: Sequence[torch.Tensor] = ()) -> None:
+        self._works = [work for work in works if work is not None]
+        self._tensors = tuple(tensors)
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._tensors = ()
+
+    def is_done(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+class TorchTransport:
+    """Collectives over torch.distributed. store: shared by all ranks; hosts_store: this rank serves it and must leave last."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, device: torch.device, timeout: timedelta, hosts_store: bool
+    ) -> None:
+        self.store = store
+        self._rank, self._world_size = rank, world_size
+        self._device, self._timeout, self._hosts_store = device, timeout, hosts_store
+        self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+        self._closed = False
+
+    def prepare(self, group: Group) -> None:
+        self._process_group(group)
+
+    def _process_group(self, group: Group) -> dist.ProcessGroup:
+        if self._closed:
+            raise RuntimeError("this rank has left the group (colossal_comm.leave was called)")
+        found = self._groups.get(group.communicator)
+        if found is None:
+            found = _torch_private.new_named_group(
+                group.ranks, group.index, group.name, self.store, self._timeout, self._device
+            )
+            self._groups[group.communicator] = found
+        return found
+
+    def all_reduce(self, group: Group, tensor: torch.Tensor, op: ReduceOp) -> Handle:
+        work = dist.all_reduce(tensor, op=_OPS[op], group=self._process_group(group), async_op=True)
+        return WorkHandle([work], [tensor])
+
+    def all_gather(self, group: Group, output: torch.Tensor, tensor: torch.Tensor) -> Handle:
+        work = _torch_private.all_gather_single(output.view(-1), tensor.view(-1), self._process_group(group))
+        return WorkHandle([work], [output, tensor])
+
+    def reduce_scatter(self, group: Group, output: torch.Tensor, tensor: torch.Tensor) -> Handle:
+        work = _torch_private.reduce_scatter_single(output.view(-1), tensor.view(-1), self._process_group(group))
+        return WorkHandle([work], [output, tensor])
+
+    def all_to_all(
+        self,
+        group: Group,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_sizes: Sequence[int],
+        input_sizes: Sequence[int],
+    ) -> Handle:
+        work = dist.all_to_all_single(
+            output, tensor, list(output_sizes), list(input_sizes), group=self._process_group(group), async_op=True
+        )
+        return WorkHandle([work], [output, tensor])
+
+    def broadcast(self, group: Group, tensor: torch.Tensor, source: int) -> Handle:
+        work = dist.broadcast(tensor, src=group.ranks[source], group=self._process_group(group), async_op=True)
+        return WorkHandle([work], [tensor])
+
+    def exchange(self, group: Group, transfers: Sequence[Transfer]) -> Handle:
+        process_group = self._process_group(group)
+        operations = [
+            dist.P2POp(
+                dist.isend if transfer.kind == "send" else dist.irecv,
+                transfer.tensor,
+                group=process_group,
+                group_peer=transfer.peer,
+            )
+            for transfer in transfers
+        ]
+        return WorkHandle(dist.batch_isend_irecv(operations), [transfer.tensor for transfer in transfers])
+
+    def close(self, grace_seconds: float) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._groups.clear()
+        _quietly(lambda: self.store.add(_LEFT, 1))
+        deadline = time.monotonic() + grace_seconds
+        while self._hosts_store and time.monotonic() < deadline:
+            # add(key, 0) reads the counter without blocking on a key that is not there yet.
+            if self.store.add(_LEFT, 0) >= self._world_size:
+                break
+            time.sleep(0.005)
+        dist.destroy_process_group()
+        del self.store
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """Runs what may fail because the rank that hosts the store is already gone: leaving must work then too."""
+    try:
+        action()
+    except RuntimeError:
+        return

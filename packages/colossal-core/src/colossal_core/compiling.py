@@ -1,0 +1,83 @@
+"""torch.compile of every block by itself, outside whatever recomputation has already put into `block.forward`.
+
+Never `Module.compile()`: that would trace the hooks with which later phases gather parameters. Hooks stay outside, and eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from colossal_core._torch_private import raise_recompile_limit
+from colossal_core.errors import Problem
+from colossal_core.recompute import no_blocks
+from colossal_core.strategy import Phase, StrategySpec
+
+if TYPE_CHECKING:
+    from colossal_core.anatomy import ModelAnatomy
+    from colossal_core.config import CompileConfig, TrainConfig
+    from colossal_core.estimate import EstimateTable, HardwareProfile
+    from colossal_core.mesh import MeshLayout
+    from colossal_core.plan import Plan, PlanDraft
+    from colossal_core.strategy import ApplyContext
+
+
+@dataclass(frozen=True)
+class Compile:
+    """The built-in strategy `compile`. Decisions: `compile` -> block -> backend. No communication."""
+
+    config: CompileConfig
+    name: str = field(default="compile", init=False)
+    axes: tuple[str, ...] = field(default=(), init=False)
+    phase: Phase = field(default=Phase.COMPILE, init=False)
+    after: tuple[str, ...] = field(default=(), init=False)
+
+    def check(self, config: TrainConfig, anatomy: ModelAnatomy, mesh: MeshLayout) -> list[Problem]:
+        del config, mesh
+        problems = []
+        if not anatomy.blocks:
+            problems.append(Problem("compile.enabled", *no_blocks(anatomy, "compile.enabled: false"), True))
+        known = torch.compiler.list_backends(exclude_tags=())
+        if self.config.backend not in known:
+            reason = f"torch {torch.__version__} has no such backend"
+            problems.append(Problem("compile.backend", reason, f"use one of {', '.join(known)}", self.config.backend))
+        return problems
+
+    def plan(self, draft: PlanDraft, anatomy: ModelAnatomy) -> PlanDraft:
+        return draft.with_decisions("compile", dict.fromkeys(anatomy.blocks, self.config.backend))
+
+    def estimate(self, table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
+        """Unchanged: what fusion saves is in the measured rates of the profile, not in a formula."""
+        del profile
+        return table
+
+    def apply(self, model: nn.Module, plan: Plan, context: ApplyContext) -> None:
+        del context
+        decisions = plan.decisions.get("compile", {})
+        raise_recompile_limit(len(decisions))
+        for name, backend in decisions.items():
+            block = model.get_submodule(name)
+            compiled = torch.compile(block.forward, backend=backend, dynamic=self.config.dynamic, fullgraph=False)
+            vars(block)["forward"] = compiled
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        del state
+
+
+def compile_spec() -> StrategySpec:
+    """The section `compile`: off by default."""
+    from colossal_core.config.sections import CompileConfig
+
+    return StrategySpec(
+        name="compile",
+        section="compile",
+        config_class=CompileConfig,
+        factory=lambda config: Compile(config) if config.enabled else None,
+    )

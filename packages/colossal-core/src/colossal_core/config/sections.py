@@ -1,0 +1,164 @@
+"""Core's own sections of the config. Frozen, strict, no unknown keys; every field says its unit and what special values mean."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """The parent of every section, a plugin's too: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which model to build. Exactly one of `architecture`, `pretrained` and `factory`."""
+
+    architecture: str | None = None
+    """A transformers architecture by its model type (`llama`, `gpt2`); weights start random. Needs `colossal-launch[hf]`."""
+    pretrained: str | None = None
+    """A folder that transformers' `save_pretrained` wrote. Needs `colossal-launch[hf]`."""
+    factory: str | None = None
+    """`package.module:function`, called with the items of `config` as keyword arguments; returns a `torch.nn.Module`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the architecture's config class or to the factory. `vocab_size` may be left out: it is then the tokenizer's."""
+    loss: str | None = None
+    """`package.module:function` of (outputs, batch) returning (sum of losses, number of items). null: chosen by the model's kind."""
+    example_batch: str | None = None
+    """`package.module:function` of (num_sequences) returning a batch, for a factory model: `verify` and the anatomy trace it."""
+    verify_config: dict[str, Any] | None = None
+    """Overrides of `config` that `verify` uses to shrink the model. null: transformers models are shrunk by rule, factories not at all."""
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> ModelConfig:
+        given = [name for name in ("architecture", "pretrained", "factory") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            message = f"exactly one of architecture, pretrained and factory names the model, found {found}"
+            raise ValueError(message)
+        return self
+
+
+class DataConfig(Section):
+    """Which text to train on, and how it is cut into sequences."""
+
+    source: str = "stdlib"
+    """`stdlib` (the running interpreter's own library source), a path or glob of .txt, .jsonl or .parquet files, or `datasets:NAME`."""
+    sequence_length: Positive = 256
+    """Tokens in one sequence."""
+    validation: str | None = None
+    """Held-out text, named like `source`. null: files (or rows) split off the source, one in twenty."""
+    text_field: str = "text"
+    """The field or column that holds the text in .jsonl, .parquet and `datasets` sources."""
+    packing: bool = True
+    """Documents are joined and cut into full sequences. false: one document a sequence, cut or padded (padding is not counted)."""
+    tokenizer: str = "bpe"
+    """`bpe` (a byte-level BPE trained on the source, kept in the run's folder), `bytes`, or a path to a tokenizer.json or its folder."""
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """Size of the trained BPE vocabulary."""
+    seed: int = 0
+    """Seed of the shuffle. The order depends on it alone, not on the number of ranks."""
+
+
+class BatchConfig(Section):
+    """How many sequences make one optimizer step, and one forward pass."""
+
+    global_size: Positive
+    """Sequences in one optimizer step, over all ranks."""
+    micro_size: Positive | None = None
+    """Sequences in one forward pass on one rank. null: the whole share of the rank."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer. Ignored keys do not exist: beside an optimizer handed to `boost`, only `max_grad_norm` may be set."""
+
+    name: str = "adamw"
+    """`adamw`, `sgd`, or the name of an optimizer that an installed plugin contributes."""
+    lr: Annotated[float, Field(gt=0)] = 3.0e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    """AdamW's denominator floor."""
+    momentum: Annotated[float, Field(ge=0)] = 0.0
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay (AdamW) or L2 penalty (SGD)."""
+    no_decay: Literal["vectors", "none"] = "vectors"
+    """`vectors`: parameters with fewer than two dimensions (norms, biases) are not decayed. `none`: every parameter is."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this global L2 norm. null: no clipping."""
+    elementwise: bool = False
+    """Declares that an optimizer of your own, handed to `boost`, updates every element by itself, so that it may run on shards."""
+
+
+class SchedulerConfig(Section):
+    """The learning rate over the steps, as a factor of the peak."""
+
+    name: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape after warm-up."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up from 0."""
+    min_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Factor of the peak at the last step (cosine and linear)."""
+
+
+class RecomputeConfig(Section):
+    """What the forward pass throws away and the backward pass computes again, block by block."""
+
+    mode: Literal["none", "full", "selective"] = "none"
+    """`full`: only block inputs are kept. `selective`: the operations that cost most to redo for their bytes are kept, within the budget."""
+    memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """For `selective`: the share of a block's activation bytes that may be kept, from 0 (as `full`) to 1 (as `none`)."""
+
+
+class CompileConfig(Section):
+    """torch.compile of every block."""
+
+    enabled: bool = False
+    """Compile each block's forward pass (the model's layers), not the model as a whole."""
+    backend: str = "inductor"
+    """torch.compile's backend: `inductor`, or `aot_eager` and `eager` to look for faults."""
+    dynamic: bool = False
+    """Compile for changing sizes. false: every new shape compiles again."""
+
+
+class TrainSection(Section):
+    """How long to train and what to report."""
+
+    num_steps: Positive = 100
+    """Optimizer steps."""
+    eval_every_steps: Count = 0
+    """Steps between evaluations on held-out text; one more is made after the last step. 0: only after the last step."""
+    eval_num_batches: Positive = 16
+    """Global batches in one evaluation; fewer where the held-out text is shorter."""
+    log_every_steps: Positive = 1
+    """Steps between lines of metrics. Reading them waits for the device."""
+    seed: int = 0
+    """Seed of initialisation and of every random number in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. `auto`: the accelerator that torch finds, else the CPU."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient norm that is not finite does, beside skipping the update: end the run, or go on. fp16 always goes on."""
+    processes: Positive | None = None
+    """Local workers that `colossal train` starts. null: one for each accelerator, or one."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 180.0
+    """How long a collective may wait for a rank before the run is stopped with a report."""
+
+
+class CheckpointConfig(Section):
+    """Where and how often training is saved."""
+
+    directory: str = "runs/default"
+    """The run's folder: checkpoints, metrics, TensorBoard events and the loss curve."""
+    every_steps: Count = 0
+    """Steps between checkpoints; one more is saved after the last step. 0: only after the last step."""
+    keep: Positive = 2
+    """Newest checkpoints to keep; at least two, so that a damaged one has a predecessor, where `every_steps` is not 0."""
+    resume: bool = True
+    """Start from the newest good checkpoint in the folder. false: refuse a folder that has one."""

@@ -1,0 +1,73 @@
+"""What the user reads when something is wrong: one typed exception per kind, and `Problem`, the unit of every report.
+
+A problem names the dotted field, the value, the reason and the remedy. Problems are collected and reported together; nothing is
+raised at the first one. `exit_status` is what the `colossal` command returns: 2 for whatever can be found before the first worker
+starts, 1 for a run that failed after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_UNSET = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong and what to do about it.
+
+    field: dotted path in the config (`parallel.zero.stage`), or what else can be changed by the user (`--processes`, `checkpoint`).
+    reason: what is allowed and why this is not. remedy: what to do, as an instruction. value: what was given; left out when absent.
+    """
+
+    field: str
+    reason: str
+    remedy: str
+    value: object = _UNSET  # compared by identity below, so that None can be a value
+
+    def __str__(self) -> str:
+        given = "" if self.value is _UNSET else f"={self.value!r}"
+        return f"{self.field}{given}: {self.reason}: {self.remedy}"
+
+
+class ColossalError(Exception):
+    """Any error that the user can act on. An `AssertionError` in this code base is our own mistake instead."""
+
+    exit_status: int = 1
+
+
+class ConfigError(ColossalError):
+    """Everything wrong with what was asked for, found before any worker starts."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...]]]:
+        return (type(self), (self.problems,))
+
+
+class PluginError(ConfigError):
+    """A plugin that cannot be loaded, or two that cannot live together."""
+
+
+class CheckpointError(ColossalError):
+    """A checkpoint that is missing, incomplete, damaged, or does not fit the model."""
+
+
+class NonFiniteError(ColossalError):
+    """The loss or the gradient norm is not a finite number, and the run's policy is to stop."""
+
+
+class CommunicationError(ColossalError):
+    """A collective failed, timed out, or was called differently on different ranks."""
+
+
+def raise_problems(problems: Iterable[Problem], kind: type[ConfigError] = ConfigError) -> None:
+    """Raises `kind` with all problems, in order and without repetition, when there is one."""
+    found = tuple(dict.fromkeys(problems))
+    if found:
+        raise kind(found)

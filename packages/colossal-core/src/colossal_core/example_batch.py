@@ -1,0 +1,71 @@
+"""A small batch that a transformers model of any kind accepts, made from its config, for a forward pass on the meta device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from colossal_core.transformers_plans import is_transformers_model
+
+NUM_SEQUENCES = 2
+NUM_TOKENS = 8
+NUM_SAMPLES = 16_000  # of sound: one second at the usual rate, long enough for every convolutional front end
+
+
+def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """What to trace with: the user's example, or one made from a transformers config; only keys that `forward` takes; None: unknown.
+
+    Labels are left out where they may be: the blocks do not need them, and a loss may look at values, which meta tensors have not.
+    """
+    batch = example_batch if example_batch is not None else _from_config(model)
+    if batch is None:
+        return None
+    taken = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    kept = {key: value for key, value in batch.items() if takes_any or key in taken}
+    if "labels" in taken and taken["labels"].default is not inspect.Parameter.empty:
+        kept.pop("labels", None)
+    if "use_cache" in taken and is_transformers_model(model):
+        return {**kept, "use_cache": False}  # type: ignore[dict-item]  # a flag rides along with the tensors
+    return kept
+
+
+def _from_config(model: nn.Module) -> dict[str, Tensor] | None:
+    config = getattr(model, "config", None)
+    if config is None or not is_transformers_model(model):
+        return None
+    taken = inspect.signature(model.forward).parameters
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    makers = {"pixel_values": _pixels, "input_features": _spectrogram, "input_values": _sound}
+    if main in makers:
+        batch = {main: makers[main](config)}
+        if "input_ids" in taken and not getattr(config, "is_encoder_decoder", False):
+            batch["input_ids"] = _tokens()
+    else:
+        batch = {"input_ids": _tokens()}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        batch["decoder_input_ids"] = _tokens()
+    return batch
+
+
+def _tokens() -> Tensor:
+    return torch.zeros(NUM_SEQUENCES, NUM_TOKENS, dtype=torch.long, device="meta")
+
+
+def _pixels(config: object) -> Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+    return torch.zeros(NUM_SEQUENCES, getattr(vision, "num_channels", 3), height, width, device="meta")
+
+
+def _spectrogram(config: object) -> Tensor:
+    num_frames = 2 * int(getattr(config, "max_source_positions", 1500))
+    return torch.zeros(NUM_SEQUENCES, int(getattr(config, "num_mel_bins", 80)), num_frames, device="meta")
+
+
+def _sound(config: object) -> Tensor:
+    return torch.zeros(NUM_SEQUENCES, NUM_SAMPLES, device="meta")

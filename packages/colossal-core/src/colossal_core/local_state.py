@@ -1,0 +1,92 @@
+"""The parameter state of one process: nothing is sharded, nothing is sent. Also the oracle that every other state is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from colossal_core.modules import ParameterSlots
+from colossal_core.shards import Shard
+
+if TYPE_CHECKING:
+    from colossal_core.layout import ParameterLayout
+    from colossal_core.precision import Precision
+
+
+class LocalState:
+    """Masters are the parameters themselves where compute and master dtype agree, else copies in the master dtype.
+
+    Gradients accumulate over microbatches in the master dtype: in place by autograd where dtypes agree, else by a hook.
+    """
+
+    def __init__(
+        self, slots: ParameterSlots, layouts: Mapping[str, ParameterLayout], precision: Precision, device: torch.device
+    ) -> None:
+        self._shards: dict[str, Shard] = {}
+        self._precision = precision
+        for name, layout in layouts.items():
+            dtype = precision.compute if layout.trainable or slots.dtype(name).is_floating_point else slots.dtype(name)
+            parameter = slots.place(name, torch.empty(layout.shape, dtype=dtype, device=device))
+            master = parameter
+            if layout.trainable and precision.master != precision.compute:
+                master = nn.Parameter(torch.empty(layout.shape, dtype=precision.master, device=device))
+                parameter.register_post_accumulate_grad_hook(self._accumulate(name))
+            self._shards[name] = Shard(layout, parameter, master)
+
+    def _accumulate(self, name: str) -> Callable[[torch.Tensor], None]:
+        def add_to_master_gradient(parameter: torch.Tensor) -> None:
+            shard = self._shards[name]
+            assert parameter.grad is not None and shard.gradient is not None
+            shard.gradient.add_(parameter.grad)
+            parameter.grad = None
+
+        return add_to_master_gradient
+
+    @property
+    def shards(self) -> Mapping[str, Shard]:
+        return self._shards
+
+    def fill(self, full_name: str, full: torch.Tensor) -> None:
+        shard = self._shards[full_name]
+        with torch.no_grad():
+            shard.master.copy_(full)
+            if shard.master is not shard.parameter:
+                shard.parameter.copy_(full)
+
+    def begin_step(self) -> None:
+        for shard in self._shards.values():
+            if not shard.layout.trainable:
+                continue
+            if shard.gradient is None:
+                shard.gradient = torch.zeros_like(shard.master)
+            else:
+                shard.gradient.zero_()
+            if shard.master is shard.parameter:
+                shard.parameter.grad = shard.gradient
+
+    def begin_backward(self, *, last: bool) -> None:
+        del last
+
+    def gather(self, block: str) -> None:
+        del block
+
+    def release(self, block: str) -> None:
+        del block
+
+    def reduce(self, block: str) -> None:
+        del block
+
+    def finish_reduce(self) -> None:
+        return None
+
+    def publish(self) -> None:
+        pairs = [shard for shard in self._shards.values() if shard.master is not shard.parameter]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_([shard.parameter for shard in pairs], [shard.master for shard in pairs])
+
+    def wait_published(self) -> None:
+        return None

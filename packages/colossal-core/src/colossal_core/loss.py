@@ -1,0 +1,100 @@
+"""The loss has one owner. Items are counted from the labels before the first forward pass and summed once over the data axes; every
+microbatch's sum of losses is divided by that total before backward; all gradient reductions are plain sums. So the gradient is that of
+(sum of losses) / (items in the global batch), however unevenly the items fall on ranks and microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from colossal_core.errors import ColossalError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from colossal_core.anatomy import ModelAnatomy, Task
+    from colossal_core.ops import OpTable
+
+Batch = Mapping[str, torch.Tensor]
+LossFunction = Callable[[Any, Batch], tuple[torch.Tensor, "torch.Tensor | int"]]
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class MicrobatchLoss:
+    """sum: 0-d, the microbatch's sum of losses, differentiable. items: 0-d float64, how many items it is the sum of."""
+
+    sum: torch.Tensor
+    items: torch.Tensor
+
+
+class LossOwner:
+    """Runs the forward pass of one microbatch and says what its loss is.
+
+    task and user_loss decide: a user's `loss_fn`; else core's cross-entropy on the logits of a language model; else the model's own
+    `.loss`, taken as the mean over the first dimension. `exact_count` says whether the items are known before the forward pass.
+    """
+
+    def __init__(self, anatomy: ModelAnatomy, ops: OpTable, user_loss: LossFunction | None) -> None:
+        self._task: Task = anatomy.task
+        self._forward_keys = anatomy.forward_keys
+        self._cross_entropy = ops["cross_entropy"]
+        self._user_loss = user_loss
+
+    @property
+    def exact_count(self) -> bool:
+        return self._user_loss is None
+
+    def count_items(self, batch: Batch) -> torch.Tensor:
+        """Items in a batch: 0-d float64. Labels that are counted in the loss, else sequences (provisional for a user's loss)."""
+        labels = batch.get("labels")
+        if labels is not None and labels.dim() >= 2 and not labels.is_floating_point() and self._task != "own-loss":
+            return (self._targets(labels) != IGNORED_LABEL).sum().to(torch.float64)
+        first = next(iter(batch.values()))
+        return torch.tensor(float(first.shape[0]), dtype=torch.float64, device=first.device)
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """The label that each position predicts. Shifted for a causal model: the labels move, so that no copy of the logits is made."""
+        if self._task != "causal-lm":
+            return labels
+        last = torch.full_like(labels[:, :1], IGNORED_LABEL)
+        return torch.cat([labels[:, 1:], last], dim=1)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> MicrobatchLoss:
+        """Forward pass and loss of one microbatch.
+
+        Raises: ColossalError when the model gives neither logits nor a loss and there is no `loss_fn`.
+        """
+        if self._user_loss is not None:
+            outputs = model(**self._inputs(model, batch, with_labels=False))
+            total, items = self._user_loss(outputs, batch)
+            return MicrobatchLoss(total, torch.as_tensor(items, dtype=torch.float64, device=total.device))
+        if self._task == "own-loss":
+            outputs = model(**self._inputs(model, batch, with_labels=True))
+            mean = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+            if mean is None:
+                message = (
+                    "loss_fn: the model returns no `.loss` and is not a language model: "
+                    "pass loss_fn(outputs, batch) -> (sum of losses, number of items)"
+                )
+                raise ColossalError(message)
+            items = self.count_items(batch)
+            return MicrobatchLoss(mean * items.to(mean.dtype), items)
+        outputs = model(**self._inputs(model, batch, with_labels=False))
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        targets = self._targets(batch["labels"])
+        total, items = self._cross_entropy(logits, targets)
+        return MicrobatchLoss(total, items.to(torch.float64))
+
+    def _inputs(self, model: nn.Module, batch: Batch, *, with_labels: bool) -> dict[str, torch.Tensor]:
+        """The keys that forward takes. A sequence-to-sequence model gets its decoder inputs made from the labels, by its own rule."""
+        keys = batch.keys() if self._forward_keys is None else [key for key in batch if key in self._forward_keys]
+        inputs = {key: batch[key] for key in keys if with_labels or key != "labels"}
+        if self._task == "seq2seq-lm" and not with_labels and "decoder_input_ids" not in inputs:
+            shift: Callable[..., torch.Tensor] = model.get_submodule("").prepare_decoder_input_ids_from_labels  # type: ignore[assignment]
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
+        return inputs

@@ -1,0 +1,132 @@
+"""Reference AdamW step over lists of tensors. The `torch._foreach_*` names are private to torch; tried on 2.11 and
+2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Tensors are updated in groups of about this many elements, so that the temporaries stay small beside the states.
+GROUP_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """lr: step size; beta1, beta2: decay of the first and second moment; eps: added to the root; weight_decay:
+    decoupled, times lr.
+    """
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        # A skipped step multiplies the update by zero, which only removes it where it is finite.
+        assert self.eps > 0.0, f"eps={self.eps}"
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """0-d tensors in the masters' dtype: decay of parameters and of the second moment, step size and root of the
+    second correction.
+    """
+
+    keep: torch.Tensor
+    beta2: torch.Tensor
+    one_minus_beta1: torch.Tensor
+    minus_step_size: torch.Tensor
+    root_correction: torch.Tensor
+
+
+def adamw_step(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    *,
+    settings: AdamWSettings,
+    step: torch.Tensor,
+    clip: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2), in place on params, exp_avgs and exp_avg_sqs; never
+    on grads.
+
+        g <- clip * grad;  m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
+        p <- (1 - lr * weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+
+    The four lists agree in length, and item by item in shape, dtype and device; any shape, so flat shards too. step:
+    0-d, the number of this update, 1 for the first; it is only read. clip: 0-d factor on every gradient. skip: 0-d
+    bool; where it is True nothing changes, whatever the gradients or `clip` hold, and the caller does not count the
+    step. Everything stays on the device: the host never waits.
+    """
+    assert len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs), "lists of one length"
+    if not params:
+        return
+    factors = _factors(settings, step, skip, params[0].dtype)
+    factor = None if clip is None else clip.to(params[0].dtype)
+    for group in _groups(params):
+        gradients = list(grads[group])
+        if factor is not None:
+            gradients = list(torch._foreach_mul(gradients, factor))
+        if skip is not None:
+            gradients = [gradient.masked_fill(skip, 0.0) for gradient in gradients]
+        _update(list(params[group]), gradients, list(exp_avgs[group]), list(exp_avg_sqs[group]), settings, factors)
+
+
+def _factors(settings: AdamWSettings, step: torch.Tensor, skip: torch.Tensor | None, dtype: torch.dtype) -> _Factors:
+    count = step.to(torch.float64).clamp(min=1.0)
+    first_correction = 1.0 - settings.beta1**count
+    root_correction = (1.0 - settings.beta2**count).sqrt()
+
+    def unless_skipped(value: torch.Tensor, otherwise: float) -> torch.Tensor:
+        return (value if skip is None else value.masked_fill(skip, otherwise)).to(dtype)
+
+    def constant(value: float) -> torch.Tensor:
+        return torch.full_like(count, value)
+
+    return _Factors(
+        keep=unless_skipped(constant(1.0 - settings.lr * settings.weight_decay), 1.0),
+        beta2=unless_skipped(constant(settings.beta2), 1.0),
+        one_minus_beta1=unless_skipped(constant(1.0 - settings.beta1), 0.0),
+        minus_step_size=unless_skipped(-settings.lr / first_correction, 0.0),
+        root_correction=root_correction.to(dtype),
+    )
+
+
+def _update(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    settings: AdamWSettings,
+    factors: _Factors,
+) -> None:
+    torch._foreach_mul_(exp_avg_sqs, factors.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1.0 - settings.beta2)
+    towards = list(torch._foreach_sub(grads, exp_avgs))
+    torch._foreach_mul_(towards, factors.one_minus_beta1)
+    torch._foreach_add_(exp_avgs, towards)
+    del towards
+    denominators = list(torch._foreach_sqrt(exp_avg_sqs))
+    torch._foreach_div_(denominators, factors.root_correction)
+    torch._foreach_add_(denominators, settings.eps)
+    updates = list(torch._foreach_div(exp_avgs, denominators))
+    torch._foreach_mul_(updates, factors.minus_step_size)
+    torch._foreach_mul_(params, factors.keep)
+    torch._foreach_add_(params, updates)
+
+
+def _groups(params: Sequence[torch.Tensor]) -> Iterator[slice]:
+    start, elements = 0, 0
+    for index, param in enumerate(params):
+        if index > start and elements + param.numel() > GROUP_ELEMENTS:
+            yield slice(start, index)
+            start, elements = index, 0
+        elements += param.numel()
+    yield slice(start, len(params))

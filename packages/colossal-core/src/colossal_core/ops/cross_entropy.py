@@ -1,0 +1,81 @@
+"""Reference cross-entropy over a vocabulary. Legend: N rows (all leading dimensions flattened), V vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from colossal_core.ops.norms import statistics_dtype
+
+# Rows are taken in chunks of this many logits, so that the float32 copies of bfloat16 logits stay at 64 MiB each.
+CHUNK_LOGITS = 1 << 24
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sum over rows of logsumexp(logits) - logits[label]`, and the number of rows that count.
+
+    logits: [..., V]; labels: [...] integers, already shifted; rows whose label is `ignore_index` add nothing and get a
+    zero gradient. Returns the sum, 0-d in float32 (float64 for float64 logits), zero when no row counts, and the
+    count, 0-d int64. The gradient `softmax(logits) - onehot(label)` is recomputed from the logits and one float32
+    number a row: between forward and backward nothing else is kept, and the only tensor of the logits' size that is
+    made is their gradient, in their own dtype.
+    """
+    assert logits.shape[:-1] == labels.shape, f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}"
+    rows = logits.reshape(-1, logits.shape[-1])
+    total: torch.Tensor = _CrossEntropy.apply(rows, labels.reshape(-1), ignore_index)  # type: ignore[no-untyped-call]
+    return total, (labels != ignore_index).sum()
+
+
+def rows_per_chunk(num_columns: int) -> int:
+    return max(1, CHUNK_LOGITS // max(1, num_columns))
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [N] (zero where ignored) and logsumexp [N] of logits [N, V], both in the statistic's dtype."""
+    wide = logits.to(statistics_dtype(logits.dtype))
+    lse = torch.logsumexp(wide, dim=-1)
+    counted = labels != ignore_index
+    chosen = wide.gather(1, labels.where(counted, 0).unsqueeze(1)).squeeze(1)
+    return (lse - chosen).where(counted, 0.0), lse
+
+
+def row_gradients(logits: torch.Tensor, lse: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """d(sum of losses) / d(logits): [N, V] in the statistic's dtype, zero in ignored rows even where the logits are
+    not finite.
+    """
+    counted = labels != ignore_index
+    gradient = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp_()
+    minus_one = torch.full((len(labels), 1), -1.0, dtype=lse.dtype, device=lse.device)
+    gradient.scatter_add_(1, labels.where(counted, 0).unsqueeze(1), minus_one)
+    return gradient.masked_fill_(~counted.unsqueeze(1), 0.0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        total = torch.zeros((), dtype=statistics_dtype(logits.dtype), device=logits.device)
+        lse = torch.empty(len(labels), dtype=total.dtype, device=logits.device)
+        step = rows_per_chunk(logits.shape[1])
+        for start in range(0, len(labels), step):
+            rows = slice(start, start + step)
+            losses, lse[rows] = row_losses(logits[rows], labels[rows], ignore_index)
+            total += losses.sum()
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.ignore_index = ignore_index
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, labels, lse = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        step = rows_per_chunk(logits.shape[1])
+        for start in range(0, len(labels), step):
+            rows = slice(start, start + step)
+            chunk = row_gradients(logits[rows], lse[rows], labels[rows], ctx.ignore_index)
+            gradient[rows] = chunk.mul_(grad_total)
+        return gradient, None, None

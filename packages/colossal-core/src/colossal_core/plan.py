@@ -1,0 +1,289 @@
+"""The plan: everything that is decided before any rank starts, as pure data. Made without a GPU and without a process group.
+
+`make_plan` asks every strategy to check, collects ALL problems, then lets each write its decisions into a draft, in the order in which
+they will be applied. The result is printed, fingerprinted (ranks compare it before the first collective) and handed to `wrap`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from colossal_core.errors import ConfigError, Problem, raise_problems
+from colossal_core.layout import ParameterLayout, Placement
+from colossal_core.mesh import BASE_AXES, MeshLayout
+from colossal_core.program import Program, plain_program
+
+if TYPE_CHECKING:
+    from colossal_core.anatomy import ModelAnatomy
+    from colossal_core.config import TrainConfig
+    from colossal_core.ops import OpTable
+    from colossal_core.strategy import Phase, Strategy
+
+DATA_AXES = ("dp_replicate", "dp_shard")
+"""The axes along which ranks get different sequences."""
+
+LOSS_AXES = ("dp_replicate", "dp_shard", "cp")
+"""The axes over which the loss of a step is a sum: the data axes, and cp, which splits each sequence."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Sequences: in one step over all ranks, in one step on one rank (`share`), in one forward pass; and how many of those."""
+
+    global_size: int
+    share: int
+    micro_size: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class PlanDraft:
+    """A plan in the making. Strategies return changed copies; nothing is changed in place.
+
+    layouts: by full name, in the order of `named_parameters()`. block_names: the model's blocks, in
+    order of execution. decisions: kind (`recompute`) -> block -> value. program: the actions of
+    every pp rank. data: what a strategy needs again in `apply` (JSON values under its own name). notes: automatic choices, for the reader.
+    touched: (phase, strategy, full names) for each strategy that changed a layout, kept by `make_plan`.
+    """
+
+    config: TrainConfig
+    mesh: MeshLayout
+    batch: BatchPlan
+    layouts: Mapping[str, ParameterLayout]
+    program: Program
+    block_names: tuple[str, ...] = ()
+    decisions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    applied: tuple[tuple[str, str], ...] = ()
+
+    def with_layouts(self, changed: Mapping[str, ParameterLayout]) -> PlanDraft:
+        assert set(changed) <= set(self.layouts), sorted(set(changed) - set(self.layouts))
+        return replace(self, layouts={**self.layouts, **changed})
+
+    def with_decisions(self, kind: str, decisions: Mapping[str, str]) -> PlanDraft:
+        return replace(self, decisions={**self.decisions, kind: dict(decisions)})
+
+    def with_data(self, strategy: str, data: Mapping[str, object]) -> PlanDraft:
+        return replace(self, data={**self.data, strategy: dict(data)})
+
+    def with_note(self, note: str) -> PlanDraft:
+        return replace(self, notes=(*self.notes, note))
+
+    def with_program(self, program: Program) -> PlanDraft:
+        return replace(self, program=program)
+
+    def with_mesh(self, mesh: MeshLayout) -> PlanDraft:
+        return replace(self, mesh=mesh)
+
+
+@dataclass(frozen=True)
+class Plan(PlanDraft):
+    """A finished plan. ops: provider of each op. anatomy_class: the model's class, for the reader."""
+
+    ops: Mapping[str, str] = field(default_factory=dict)
+    model_class: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of everything that ranks must agree on."""
+        agreed = {
+            "mesh": asdict(self.mesh),
+            "batch": asdict(self.batch),
+            "layouts": [asdict(layout) for layout in self.layouts.values()],
+            "program": [[str(action) for action in actions] for actions in self.program.actions],
+            "decisions": self.decisions,
+            "data": self.data,
+            "applied": self.applied,
+            "ops": self.ops,
+            "config": self.config.model_dump(mode="json", exclude={"checkpoint"}),
+        }
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @cached_property
+    def units(self) -> tuple[str, ...]:
+        """Names of all units of gather and reduce (blocks, and modules outside every block), in the order of their first parameter."""
+        return tuple(dict.fromkeys(layout.block for layout in self.layouts.values()))
+
+    def describe(self) -> str:
+        """The plan as text: one line a fact, stable from run to run."""
+        axes = ", ".join(f"{axis} {self.mesh.size(axis)}" for axis in BASE_AXES if self.mesh.size(axis) > 1) or "one process"
+        total = sum(layout.numel for layout in self.layouts.values())
+        trained = sum(layout.numel for layout in self.layouts.values() if layout.trainable)
+        tied = sum(1 for layout in self.layouts.values() if layout.aliases)
+        lines = [
+            f"plan {self.fingerprint}",
+            f"model       {self.model_class}: {total:,} parameters, {trained:,} trained, {tied} tied, {len(self.block_names)} blocks",
+            f"mesh        {axes} ({self.mesh.world_size} ranks)",
+            f"batch       {self.batch.global_size} sequences a step: {self.batch.share} a rank in "
+            f"{self.batch.num_microbatches} microbatches of {self.batch.micro_size}",
+            f"precision   {self.config.precision}",
+            f"order       {' -> '.join(f'{name} ({phase})' for phase, name in self.applied) or 'nothing to apply'}",
+            f"ops         {', '.join(f'{op} {provider}' for op, provider in self.ops.items())}",
+        ]
+        for kind, decisions in self.decisions.items():
+            counts = {value: list(decisions.values()).count(value) for value in dict.fromkeys(decisions.values())}
+            lines.append(f"{kind:<11} " + ", ".join(f"{value}: {count} blocks" for value, count in counts.items()))
+        lines += [f"layout      {line}" for line in self._layout_lines()]
+        lines += [f"note        {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _layout_lines(self) -> Iterable[str]:
+        kinds: dict[str, tuple[int, int]] = {}
+        for layout in self.layouts.values():
+            text = f"compute {_placement_text(layout.compute)}; state {_placement_text(layout.state)}"
+            if layout.reduce_axes:
+                text += f"; reduced in backward over {' x '.join(layout.reduce_axes)}"
+            if layout.state.partial:
+                text += f"; summed once a step over {' x '.join(layout.state.partial)}"
+            count, numel = kinds.get(text, (0, 0))
+            kinds[text] = (count + 1, numel + layout.numel)
+        for text, (count, numel) in kinds.items():
+            yield f"{count} parameters, {numel:,} elements: {text}"
+
+
+def _placement_text(placement: Placement) -> str:
+    cuts = [f"dim {cut.dim} over {' x '.join(cut.axes)}" for cut in placement.cuts]
+    if placement.flat is not None:
+        cuts.append(f"flat over {' x '.join(placement.flat.axes)}")
+    return " and ".join(cuts) or "whole"
+
+
+def make_plan(
+    config: TrainConfig,
+    anatomy: ModelAnatomy,
+    strategies: Sequence[Strategy],
+    axis_sizes: Mapping[str, int],
+    ops: OpTable,
+    *,
+    world_size: int,
+) -> Plan:
+    """Checks everything and decides everything.
+
+    strategies: the active ones, in the order of application. axis_sizes: sizes that sections ask for; dp_shard takes what is left over.
+
+    Raises: ConfigError with every problem of every strategy at once.
+    """
+    mesh, problems = _mesh(axis_sizes, world_size)
+    batch, batch_problems = _batch(config, mesh)
+    problems += batch_problems
+    for strategy in strategies:
+        problems += strategy.check(config, anatomy, mesh)
+    problems += _core_problems(config, anatomy, strategies, mesh)
+    raise_problems(problems)
+    draft = PlanDraft(
+        config=config,
+        mesh=mesh,
+        batch=batch,
+        layouts=initial_layouts(anatomy, mesh),
+        program=plain_program(batch.num_microbatches),
+        block_names=anatomy.blocks,
+    )
+    touched: dict[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]] = {}
+    for strategy in strategies:
+        changed = strategy.plan(draft, anatomy)
+        names = frozenset(name for name, layout in changed.layouts.items() if layout != draft.layouts[name])
+        problems += _conflicts(strategy, names, touched)
+        touched[(strategy.phase, strategy.name)] = (strategy.name, names, strategy.after)
+        draft = replace(changed, applied=(*draft.applied, (strategy.phase.name.lower(), strategy.name)))
+    problems += _layout_problems(draft)
+    raise_problems(problems)
+    return Plan(**{name: getattr(draft, name) for name in PlanDraft.__dataclass_fields__}, ops=ops.providers(), model_class=anatomy.class_name)
+
+
+def initial_layouts(anatomy: ModelAnatomy, mesh: MeshLayout) -> dict[str, ParameterLayout]:
+    """Every parameter whole on every rank; its gradient a summand over the data axes, to be summed once a step."""
+    copies = tuple(axis for axis in BASE_AXES if mesh.size(axis) > 1)
+    partial = tuple(axis for axis in LOSS_AXES if mesh.size(axis) > 1)
+    layouts = {}
+    for fact in anatomy.parameters:
+        placement = Placement(fact.shape, replicated=copies, partial=partial if fact.trainable else ())
+        unit = fact.block or fact.full_name.rpartition(".")[0]
+        layouts[fact.full_name] = ParameterLayout(
+            fact.full_name, fact.shape, placement, placement, aliases=fact.names[1:], block=unit, trainable=fact.trainable
+        )
+    return layouts
+
+
+def _mesh(axis_sizes: Mapping[str, int], world_size: int) -> tuple[MeshLayout, list[Problem]]:
+    asked = math.prod(axis_sizes.values())
+    if world_size % asked:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes.items() if size > 1)
+        reason = f"the sizes asked for need a multiple of {asked} ranks ({sizes}), and there are {world_size}"
+        return MeshLayout(), [Problem("parallel", reason, f"start {asked} ranks or change the sizes")]
+    sizes = {**axis_sizes, "dp_shard": world_size // asked}
+    pp, replicate, shard, context, tensor = (sizes.get(axis, 1) for axis in BASE_AXES)
+    return MeshLayout((pp, replicate, shard, context, tensor)), []
+
+
+def _batch(config: TrainConfig, mesh: MeshLayout) -> tuple[BatchPlan, list[Problem]]:
+    data_size = mesh.size(DATA_AXES)
+    size = config.batch.global_size
+    share = max(size // data_size, 1)
+    micro = config.batch.micro_size or share
+    plan = BatchPlan(size, share, micro, max(share // micro, 1))
+    if size % data_size:
+        reason = f"is not divided by the {data_size} data-parallel ranks"
+        lower, upper = size // data_size * data_size, -(-size // data_size) * data_size
+        remedy = f"use {upper}" if lower == 0 else f"use {lower} or {upper}"
+        return plan, [Problem("batch.global_size", reason, remedy, size)]
+    if micro > share or share % micro:
+        reason = f"does not divide the {share} sequences of one rank ({size} over {data_size} data-parallel ranks)"
+        fitting = ", ".join(str(divisor) for divisor in range(1, share + 1) if share % divisor == 0)
+        return plan, [Problem("batch.micro_size", reason, f"use one of {fitting}", micro)]
+    return plan, []
+
+
+def _core_problems(
+    config: TrainConfig, anatomy: ModelAnatomy, strategies: Sequence[Strategy], mesh: MeshLayout
+) -> Iterable[Problem]:
+    from colossal_core.strategy import Phase
+
+    holders = [strategy.name for strategy in strategies if strategy.phase is Phase.SHARD_STATE]
+    if mesh.size(LOSS_AXES) > 1 and not holders:
+        reason = f"data parallelism over {mesh.size(LOSS_AXES)} ranks needs the package colossal-zero, which is not installed"
+        yield Problem("parallel.zero", reason, "pip install colossal-zero")
+    if not any(fact.trainable for fact in anatomy.parameters):
+        yield Problem("model", "has no parameter with requires_grad", "unfreeze what is to be trained")
+    if anatomy.auxiliary_loss:
+        reason = "the model returns an auxiliary loss beside the logits, whose unit is not declared"
+        yield Problem("model.config.output_router_logits", reason, "set it to false, or pass loss_fn and add the term there", True)
+    if config.precision == "fp16" and config.train.non_finite == "stop" and config.was_set("train.non_finite"):
+        yield Problem("train.non_finite", "fp16 skips steps whose gradients overflow", "leave it out or use skip", "stop")
+
+
+def _conflicts(
+    strategy: Strategy, names: frozenset[str], touched: Mapping[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]]
+) -> Iterable[Problem]:
+    for (phase, other), (_, other_names, other_after) in touched.items():
+        both = sorted(names & other_names)
+        if phase is strategy.phase and both and other not in strategy.after and strategy.name not in other_after:
+            reason = f"touches {both[0]} in phase {phase.name.lower()}, as {other} does"
+            yield Problem(f"strategy {strategy.name}", reason, f"declare after=({other!r},) in one of them, or use one only")
+
+
+def _layout_problems(draft: PlanDraft) -> Iterable[Problem]:
+    for layout in draft.layouts.values():
+        unknown = set(layout.state.partial) - set(layout.compute.partial)
+        if unknown:
+            reason = f"is to be summed over {sorted(unknown)}, where its gradient is not partial"
+            yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
+        twice = set(layout.state.partial) & set(layout.state.cut_axes)
+        if twice:
+            reason = f"is cut along {sorted(twice)} and still partial over it"
+            yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
+
+
+def check_fingerprints(found: Sequence[bytes], own: str) -> None:
+    """Raises ConfigError when ranks made different plans. found: every rank's fingerprint, in rank order."""
+    different = sorted({rank for rank, fingerprint in enumerate(found) if fingerprint.decode() != own})
+    if different:
+        reason = f"ranks {different} made another plan than this one ({own})"
+        remedy = "give every rank the same config, packages and versions"
+        raise ConfigError([Problem("plan", reason, remedy)])

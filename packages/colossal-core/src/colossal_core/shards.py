@@ -1,0 +1,71 @@
+"""What this rank keeps of each parameter, and the one interface through which it is gathered, released and reduced.
+
+`ParameterState` is implemented by the strategy of phase shard_state: core's own `LocalState` (nothing sharded) or colossal-zero. The
+step, the optimizer, the checkpoint and the norm see only this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from colossal_core.layout import ParameterLayout
+
+
+@dataclass
+class Shard:
+    """One parameter's state on this rank, in its `state` placement.
+
+    parameter: the module's parameter, in the compute dtype and placement. master: what the optimizer updates, in the master dtype: local
+    elements, 1-D under a flat cut, else of the local shape; the same storage as `parameter` where dtype and placement agree.
+    gradient: the reduced gradient, of master's shape; None before the first backward pass and for frozen parameters.
+    """
+
+    layout: ParameterLayout
+    parameter: nn.Parameter
+    master: nn.Parameter
+    gradient: torch.Tensor | None = None
+
+
+class ParameterState(Protocol):
+    """All shards of this rank, and the movements between `state` and `compute`.
+
+    `gather`, `release` and `reduce` are asked for by autograd hooks in a plain run and by the program's actions in a pipeline. A state
+    that keeps its compute copy for the whole step answers `gather` by waiting for the last `publish` and `release` by nothing.
+    """
+
+    @property
+    def shards(self) -> Mapping[str, Shard]:
+        """By full name, frozen parameters included, in the order of `named_parameters()`."""
+
+    def fill(self, full_name: str, full: torch.Tensor) -> None:
+        """Sets master and compute copy from the full value (any floating dtype, any device). No communication."""
+
+    def begin_step(self) -> None:
+        """Clears the gradients of the last step."""
+
+    def begin_backward(self, *, last: bool) -> None:
+        """Before the backward pass of a microbatch; `last` where it completes the step's gradients on this rank."""
+
+    def gather(self, block: str) -> None:
+        """Makes the compute copy of a block's parameters readable by work that follows."""
+
+    def release(self, block: str) -> None:
+        """The compute copy of a block's parameters is not needed until the next `gather`."""
+
+    def reduce(self, block: str) -> None:
+        """Starts the reduction of a block's gradients over each layout's `reduce_axes`."""
+
+    def finish_reduce(self) -> None:
+        """Reduces what is still open (unused parameters too, in one order on every rank) and waits; `gradient` is set everywhere."""
+
+    def publish(self) -> None:
+        """After the optimizer: carries the masters into the compute copies. May leave communication on its way for `gather`."""
+
+    def wait_published(self) -> None:
+        """Every compute copy is readable: for evaluation, saving and user code between steps."""

@@ -1,0 +1,27 @@
+"""Every source of random numbers of a model in training, seeded before each microbatch so that no mesh and no cut changes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from colossal_core.random import install_keyed_dropout, seed_fused
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class ModelRandom:
+    """`nn.Dropout` draws numbers keyed by (seed, step, global sample, position, layer, feature). What draws inside a fused kernel is
+    keyed by (seed, step, microbatch, data index) instead: reproducible, but not the same on another mesh.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, data_index: int) -> None:
+        self.dropout = install_keyed_dropout(model)
+        self._seed = seed
+        self._data_index = data_index
+
+    def seed(self, step: int, microbatch: int, sample_ids: torch.Tensor) -> None:
+        """sample_ids: [micro] int64, indices within the global batch."""
+        self.dropout.set(self._seed, step, sample_ids)
+        seed_fused(self._seed, step, microbatch, self._data_index)

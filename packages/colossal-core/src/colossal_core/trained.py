@@ -1,0 +1,198 @@
+"""The handle that `Booster.boost` returns: one line trains, whatever the strategies behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from colossal_core.assemble import gather_full
+from colossal_core.errors import CheckpointError
+from colossal_core.layout import Placement
+from colossal_core.mesh import WORLD
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from colossal_core.plan import Plan
+    from colossal_core.step import EvalResult, StepEngine, StepResult
+    from colossal_core.strategy import RegisteredTensor, Strategy
+
+
+class Stateful(Protocol):
+    """What is saved beside tensors: a data loader's position, a learning-rate scheduler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Trained:
+    """A model in training. All methods but `step` and `on_step` are collective: every rank calls them together."""
+
+    def __init__(self, engine: StepEngine, strategies: Sequence[Strategy]) -> None:
+        self._engine = engine
+        self._strategies = tuple(strategies)
+        self._callbacks: list[Callable[[StepResult], None]] = []
+        self._stateful: dict[str, Stateful] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's module, wrapped in place. Its parameters are this rank's compute copies."""
+        self._engine.state.wait_published()
+        return self._engine.model
+
+    @property
+    def plan(self) -> Plan:
+        return self._engine.plan
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps, skipped ones included."""
+        return self._engine.step
+
+    def train_step(self, batch: Mapping[str, torch.Tensor]) -> StepResult:
+        """One optimizer step on this rank's share of a global batch: see `colossal_core.step`."""
+        self._engine.model.train()
+        result = self._engine.train_step(batch)
+        for callback in self._callbacks:
+            callback(result)
+        return result
+
+    def eval_step(self, batch: Mapping[str, torch.Tensor]) -> EvalResult:
+        """The loss of a batch, without gradients, in evaluation mode."""
+        return self._engine.eval_step(batch)
+
+    def on_step(self, callback: Callable[[StepResult], None]) -> None:
+        """Calls `callback(result)` after every `train_step`, in the order of registration."""
+        self._callbacks.append(callback)
+
+    def attach(self, name: str, stateful: Stateful) -> None:
+        """Saves and restores an object's `state_dict` (JSON values, the same on every rank) with the checkpoints."""
+        self._stateful[name] = stateful
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The full gradient of the last step by full name: summed over all ranks, unscaled, unclipped. Trainable parameters only."""
+        found = {}
+        for name, shard in self._engine.state.shards.items():
+            if shard.layout.trainable:
+                local = shard.gradient if shard.gradient is not None else torch.zeros_like(shard.master)
+                found[name] = gather_full(local, shard.layout.state, self._engine.context.collectives)
+        return found
+
+    def full_parameter(self, name: str) -> torch.Tensor:
+        """One whole parameter, in the master dtype. Aliases of a tied parameter are known too."""
+        shards = self._engine.state.shards
+        full_name = next((full for full, shard in shards.items() if name == full or name in shard.layout.aliases), None)
+        if full_name is None:
+            message = f"no parameter {name!r}; the model has {', '.join(list(shards)[:4])}, ..."
+            raise KeyError(message)
+        shard = shards[full_name]
+        return gather_full(shard.master.detach(), shard.layout.state, self._engine.context.collectives)
+
+    def full_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, full name, whole tensor) of everything registered beside the parameters: optimizer states, what plugins keep."""
+        for tensor in self._tensors():
+            if tensor.kind not in ("parameter", "buffer"):
+                yield tensor.kind, tensor.full_name, gather_full(tensor.local, tensor.placement, self._engine.context.collectives)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes a checkpoint of this step under `directory`; each rank writes what it owns. Returns its folder."""
+        from colossal_core.checkpoint import save
+
+        context = self._engine.context
+        self._engine.state.wait_published()
+        keep = self.plan.config.checkpoint.keep
+        return save(Path(directory), self.step, self._tensors(), self._metadata(), context.collectives, keep=keep)
+
+    def load(self, directory: str | Path) -> bool:
+        """Takes back the newest good checkpoint under `directory`, on whatever mesh it was written. False when there is none.
+
+        Raises: CheckpointError when it does not fit the model.
+        """
+        from colossal_core.checkpoint import find_latest, load
+
+        context = self._engine.context
+        found = find_latest(Path(directory), context.collectives)
+        if found is None:
+            return False
+        metadata = load(found.path, self._tensors(), context.collectives)
+        self._restore(metadata)
+        return True
+
+    def export_hf(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes what transformers' `from_pretrained` loads, in the dtype of the masters unless told otherwise. Rank 0 writes.
+
+        Communication: each parameter is gathered by itself; no rank holds the whole model on its device.
+        """
+        from colossal_core.export import export_hf
+
+        export_hf(self, Path(directory), dtype)
+
+    def verify(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """Compares the loss that this mesh gives for a batch share with the one that this rank alone computes for the gathered batch.
+
+        Returns the relative difference. Nothing is trained. For the whole comparison (gradients, states) use `colossal verify`.
+        """
+        from colossal_core.testing.self_check import loss_difference
+
+        return loss_difference(self._engine, batch)
+
+    def _tensors(self) -> list[RegisteredTensor]:
+        """Everything that a checkpoint holds: masters, persistent buffers, optimizer states, and what strategies registered."""
+        from colossal_core.strategy import RegisteredTensor
+
+        engine = self._engine
+        found = [
+            RegisteredTensor("parameter", name, shard.master.detach(), shard.layout.state)
+            for name, shard in engine.state.shards.items()
+        ]
+        whole = next(iter(engine.state.shards.values())).layout.state
+        for name, buffer in engine.model.state_dict(keep_vars=True).items():
+            if not isinstance(buffer, torch.nn.Parameter) and isinstance(buffer, torch.Tensor):
+                found.append(RegisteredTensor("buffer", name, buffer, whole.as_replicated(tuple(buffer.shape))))
+        by_master = {id(shard.master): shard for shard in engine.state.shards.values()}
+        for kind, master, tensor in engine.optimizer.state_tensors():
+            shard = by_master[id(master)] if master is not None else None
+            same = shard is not None and tensor.shape == shard.master.shape and tensor.dim() > 0
+            placement: Placement = shard.layout.state if same and shard else whole.as_replicated(tuple(tensor.shape))
+            found.append(RegisteredTensor(kind, shard.layout.full_name if shard else "optimizer", tensor, placement))
+        if engine.loss_scale is not None:
+            for kind, tensor in (("loss_scale.scale", engine.loss_scale.scale), ("loss_scale.good_steps", engine.loss_scale.good_steps)):
+                found.append(RegisteredTensor(kind, "step", tensor, whole.as_replicated(())))
+        return found + list(engine.context.tensors)
+
+    def _metadata(self) -> dict[str, Any]:
+        from colossal_core.random import capture_random_state
+
+        collectives = self._engine.context.collectives
+        own = json.dumps(capture_random_state(self._engine.context.device)).encode()
+        return {
+            "step": self.step,
+            "plan": self.plan.fingerprint,
+            "config": self.plan.config.model_dump(mode="json"),
+            "strategies": {strategy.name: dict(strategy.state()) for strategy in self._strategies},
+            "stateful": {name: stateful.state_dict() for name, stateful in self._stateful.items()},
+            "random": [json.loads(state) for state in collectives.gather_bytes(own, WORLD, tag="random state")],
+        }
+
+    def _restore(self, metadata: Mapping[str, Any]) -> None:
+        from colossal_core.random import restore_random_state
+
+        collectives = self._engine.context.collectives
+        for strategy in self._strategies:
+            if strategy.name in metadata["strategies"]:
+                strategy.load(metadata["strategies"][strategy.name])
+        for name, stateful in self._stateful.items():
+            if name not in metadata["stateful"]:
+                message = f"checkpoint: holds no state of {name}: it was saved by a run without it"
+                raise CheckpointError(message)
+            stateful.load_state_dict(metadata["stateful"][name])
+        if len(metadata["random"]) == collectives.mesh.world_size:
+            restore_random_state(metadata["random"][collectives.rank], self._engine.context.device)
+        self._engine.step = int(metadata["step"])
+        self._engine.state.publish()
+        self._engine.state.wait_published()

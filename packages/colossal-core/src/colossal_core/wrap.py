@@ -1,0 +1,151 @@
+"""Carrying out a plan on a model: strategies in the order of their phases, then the values, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from colossal_core.local_state import LocalState
+from colossal_core.loss import LossFunction, LossOwner
+from colossal_core.mesh import WORLD
+from colossal_core.modules import ParameterSlots, cast_buffers, move_buffers
+from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
+from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
+from colossal_core.precision import precision
+from colossal_core.streams import ModelRandom
+from colossal_core.schedule import rates_from_config
+from colossal_core.step import StepEngine
+from colossal_core.strategy import ApplyContext, Phase, Strategy
+from colossal_core.trained import Trained
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from colossal_core.anatomy import ModelAnatomy
+    from colossal_core.collectives import Collectives
+    from colossal_core.ops import OpTable
+
+Values = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the user hands over beside the model. All of it may be left out.
+
+    optimizer: an instance on the model's parameters, a factory, or None (the config's). scheduler: a torch learning-rate scheduler
+    of that optimizer. loss_fn: (outputs, batch) -> (sum of losses, items). values: (full name, full value) of parameters that the model
+    holds on the meta device, in any order; drawn or read one at a time.
+    """
+
+    optimizer: torch.optim.Optimizer | OptimizerFactory | None = None
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    loss_fn: LossFunction | None = None
+    values: Values | None = None
+
+
+def wrap(
+    model: nn.Module,
+    plan: Plan,
+    anatomy: ModelAnatomy,
+    strategies: Sequence[Strategy],
+    collectives: Collectives,
+    ops: OpTable,
+    specs: Mapping[str, OptimizerSpec],
+    parts: Parts,
+) -> Trained:
+    """The model in training on this rank. Ranks compare their plans before anything else.
+
+    Communication: one gather of 16 bytes over all ranks, then whatever the strategies need.
+    """
+    check_fingerprints(collectives.gather_bytes(plan.fingerprint.encode(), WORLD, tag="plan"), plan.fingerprint)
+    context = _context(model, plan, anatomy, collectives, ops)
+    random = ModelRandom(model, plan.config.train.seed, collectives.mesh.flat_index(context.coordinate, DATA_AXES))
+    context.replayed.append(random.dropout)
+    real = {fact.full_name: model.get_parameter(fact.full_name).detach() for fact in anatomy.parameters}
+    for phase in Phase:
+        if phase is Phase.OPTIMIZER:
+            break
+        for strategy in strategies:
+            if strategy.phase is phase:
+                strategy.apply(model, plan, context)
+        if phase is Phase.SHARD_STATE and context.parameters is None:
+            context.parameters = LocalState(context.slots, plan.layouts, context.precision, context.device)
+    _materialise(model, context, real, parts.values)
+    _gather_before_use(model, plan, context)
+    state = context.parameter_state()
+    optimizer = build_optimizer(parts.optimizer, plan.config, specs, ops, state, context.names)
+    for strategy in strategies:
+        if strategy.phase is Phase.OPTIMIZER:
+            strategy.apply(model, plan, context)
+    loss_owner = LossOwner(anatomy, ops, parts.loss_fn)
+    set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)
+    if parts.optimizer is not None:
+        set_rates = _keep_rates
+    engine = StepEngine(model, plan, context, optimizer, loss_owner, random, set_rates)
+    trained = Trained(engine, strategies)
+    if parts.scheduler is not None:
+        scheduler = parts.scheduler
+        trained.attach("lr_scheduler", scheduler)
+        trained.on_step(lambda result: scheduler.step())
+    return trained
+
+
+def _keep_rates(step: int) -> None:
+    """The rates of a user's own optimizer are the user's (and the scheduler's that was handed over with it)."""
+    del step
+
+
+def _context(
+    model: nn.Module, plan: Plan, anatomy: ModelAnatomy, collectives: Collectives, ops: OpTable
+) -> ApplyContext:
+    names = {id(model.get_parameter(fact.full_name)): fact.full_name for fact in anatomy.parameters}
+    return ApplyContext(
+        collectives=collectives,
+        coordinate=collectives.mesh.coordinate(collectives.rank),
+        device=collectives.device,
+        precision=precision(plan.config.precision),
+        ops=ops,
+        seed=plan.config.train.seed,
+        names=names,
+        slots=ParameterSlots(model, [fact.names for fact in anatomy.parameters]),
+    )
+
+
+def _materialise(model: nn.Module, context: ApplyContext, real: dict[str, torch.Tensor], values: Values | None) -> None:
+    """Fills every parameter: from the model's own values where they are real, else from `values`, one tensor at a time."""
+    state = context.parameter_state()
+    missing = {name for name, value in real.items() if value.is_meta}
+    for name in list(real):
+        value = real.pop(name)
+        if name not in missing:
+            state.fill(name, value)
+    for name, value in values if values is not None else ():
+        if name in missing:
+            state.fill(name, value)
+            missing.discard(name)
+    assert not missing, f"no values for parameters on the meta device: {sorted(missing)[:3]}"
+    move_buffers(model, context.device)
+    if context.precision.throughout:
+        cast_buffers(model, torch.float64)
+
+
+def _gather_before_use(model: nn.Module, plan: Plan, context: ApplyContext) -> None:
+    """Asks the state for a unit's parameters right before the unit runs. Units outside every block are asked for at the model's start:
+    a tied or functionally used parameter may be read by a module that is not its owner."""
+    state = context.parameter_state()
+    outside = [unit for unit in plan.units if unit not in plan.block_names]
+
+    def gather(units: Sequence[str]) -> Callable[[Any, Any], None]:
+        def before_forward(module: Any, inputs: Any) -> None:
+            del module, inputs
+            for unit in units:
+                state.gather(unit)
+
+        return before_forward
+
+    model.register_forward_pre_hook(gather(outside))
+    for block in plan.block_names:
+        model.get_submodule(block).register_forward_pre_hook(gather([block]))

@@ -1,0 +1,94 @@
+"""The reference AdamW step against torch's own optimizer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from colossal_core.ops import adamw as adamw_module
+from colossal_core.ops.reference import AdamWSettings, adamw_step
+
+SETTINGS = AdamWSettings(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+SHAPES = [(4, 3), (7,), (), (0,), (2, 2, 2)]
+
+
+def draw(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("group_elements", [1, 10, 1 << 26])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("with_skip", [False, True])
+def test_equals_torchs_adamw_to_the_last_digits(
+    group_elements: int, clipped: bool, with_skip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw_module, "GROUP_ELEMENTS", group_elements)
+    ours = draw(0)
+    theirs = [torch.nn.Parameter(tensor.clone()) for tensor in ours]
+    oracle = torch.optim.AdamW(theirs, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    exp_avgs, exp_avg_sqs = [torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours]
+    for step in range(1, 11):
+        grads = draw(step)
+        kept = [grad.clone() for grad in grads]
+        factor = torch.tensor(0.3, dtype=torch.float64) if clipped else None
+        adamw_step(
+            ours,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            settings=SETTINGS,
+            step=torch.tensor(step),
+            clip=factor,
+            skip=torch.tensor(False) if with_skip else None,
+        )
+        assert all(torch.equal(grad, before) for grad, before in zip(grads, kept, strict=True))
+        for parameter, grad in zip(theirs, grads, strict=True):
+            parameter.grad = grad * 0.3 if clipped else grad
+        oracle.step()
+    for index, parameter in enumerate(theirs):
+        torch.testing.assert_close(ours[index], parameter.detach(), rtol=1e-15, atol=1e-16)
+        state = oracle.state[parameter]
+        torch.testing.assert_close(exp_avgs[index], state["exp_avg"], rtol=1e-15, atol=1e-16)
+        torch.testing.assert_close(exp_avg_sqs[index], state["exp_avg_sq"], rtol=1e-15, atol=1e-16)
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1.0])
+def test_a_skipped_step_changes_no_bit(step: int, poison: float) -> None:
+    params, exp_avgs, exp_avg_sqs = draw(0), draw(1), [tensor.square() for tensor in draw(2)]
+    exp_avgs[0].zero_()
+    exp_avg_sqs[0].zero_()
+    before = [tensor.clone() for tensor in (*params, *exp_avgs, *exp_avg_sqs)]
+    adamw_step(
+        params,
+        [torch.full_like(tensor, poison) for tensor in params],
+        exp_avgs,
+        exp_avg_sqs,
+        settings=SETTINGS,
+        step=torch.tensor(step),
+        clip=torch.tensor(math.nan),
+        skip=torch.tensor(True),
+    )
+    for after, old in zip((*params, *exp_avgs, *exp_avg_sqs), before, strict=True):
+        assert torch.equal(after, old)
+
+
+def test_float32_stays_near_float64() -> None:
+    narrow = [tensor.float() for tensor in draw(0)]
+    wide = [tensor.double() for tensor in narrow]
+    states = [[torch.zeros_like(p) for p in narrow] for _ in range(2)]
+    wide_states = [[torch.zeros_like(p) for p in wide] for _ in range(2)]
+    for step in range(1, 6):
+        grads = [grad.float() for grad in draw(step)]
+        adamw_step(narrow, grads, *states, settings=SETTINGS, step=torch.tensor(step))
+        adamw_step(wide, [g.double() for g in grads], *wide_states, settings=SETTINGS, step=torch.tensor(step))
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+
+
+def test_no_parameters_is_no_work() -> None:
+    adamw_step([], [], [], [], settings=SETTINGS, step=torch.tensor(1))

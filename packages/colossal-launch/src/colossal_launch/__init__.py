@@ -1,0 +1,1 @@
+"""The colossal command: train, plan, verify and inspect large-model training on one process or many."""

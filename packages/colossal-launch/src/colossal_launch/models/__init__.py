@@ -1,0 +1,40 @@
+"""From `model` in the config to a module without storage, and to the values of its parameters, unit by unit."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colossal_launch.models.building import BuiltModel, build_model
+    from colossal_launch.models.export import write_hf_folder
+    from colossal_launch.models.initialise import InitialWeights
+    from colossal_launch.models.pretrained import PretrainedWeights
+    from colossal_launch.models.shrink import shrink_config
+    from colossal_launch.models.weights import WeightSource
+
+__all__ = [
+    "BuiltModel",
+    "InitialWeights",
+    "PretrainedWeights",
+    "WeightSource",
+    "build_model",
+    "shrink_config",
+    "write_hf_folder",
+]
+
+_HOMES = {
+    "BuiltModel": "building",
+    "InitialWeights": "initialise",
+    "PretrainedWeights": "pretrained",
+    "WeightSource": "weights",
+    "build_model": "building",
+    "shrink_config": "shrink",
+    "write_hf_folder": "export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

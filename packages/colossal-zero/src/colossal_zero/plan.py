@@ -1,0 +1,129 @@
+"""Which parameter lies where in which flat bucket: the decision of stages 0 and 1, as pure data.
+
+Buckets are filled in the order in which gradients arrive, taken to be the reverse of the order of registration. A bucket never mixes a
+block's parameters with those outside every block, nor parameters of different pipeline stages, and starts each parameter at a
+multiple of `ALIGNMENT` elements, so that every view keeps the alignment that matrix products want.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from colossal_core.layout import FlatCut, ParameterLayout, Placement
+from colossal_core.mesh import MeshLayout
+
+ALIGNMENT = 64
+"""Elements: 128 bytes in bfloat16."""
+
+SHARD_AXES = ("dp_shard", "cp")
+"""The axes along which the state is cut, flattened."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that are reduced and gathered in one message. names: full names in the order of the flat buffer."""
+
+    names: tuple[str, ...]
+
+
+def assign_buckets(layouts: Mapping[str, ParameterLayout], blocks: Sequence[str], bucket_elements: int) -> tuple[Bucket, ...]:
+    """The buckets of all trained parameters, in the order in which their reductions are started."""
+    inside = frozenset(blocks)
+    buckets: list[Bucket] = []
+    names: list[str] = []
+    filled, key = 0, None
+    for layout in reversed(layouts.values()):
+        if not layout.trainable:
+            continue
+        own_key = (layout.block in inside, layout.compute.present)
+        if names and (own_key != key or filled + layout.numel > bucket_elements):
+            buckets.append(Bucket(tuple(names)))
+            names, filled = [], 0
+        names.append(layout.full_name)
+        filled += layout.numel
+        key = own_key
+    if names:
+        buckets.append(Bucket(tuple(names)))
+    return tuple(buckets)
+
+
+@dataclass(frozen=True)
+class BucketShape:
+    """A bucket's flat buffer on the ranks of one compute coordinate. offsets: start of each parameter; length: elements, padding at the
+    end included, a multiple of `num_shards * ALIGNMENT`. Shard j is the range [j * length / num_shards, (j + 1) * length / num_shards).
+    """
+
+    offsets: tuple[int, ...]
+    numels: tuple[int, ...]
+    length: int
+    num_shards: int
+
+    @property
+    def shard_length(self) -> int:
+        return self.length // self.num_shards
+
+    def held(self, position: int, shard: int) -> tuple[int, int]:
+        """The [start, stop) range of the parameter at `position` that shard `shard` holds; empty ranges are (k, k)."""
+        start, stop = shard * self.shard_length - self.offsets[position], (shard + 1) * self.shard_length - self.offsets[position]
+        numel = self.numels[position]
+        low = min(max(start, 0), numel)
+        return low, max(min(stop, numel), low)
+
+
+def bucket_shape(numels: Sequence[int], num_shards: int) -> BucketShape:
+    """Lays out parameters of the given local sizes one after another."""
+    offsets, end = [], 0
+    for numel in numels:
+        offsets.append(end)
+        end += -(-numel // ALIGNMENT) * ALIGNMENT
+    unit = num_shards * ALIGNMENT
+    return BucketShape(tuple(offsets), tuple(numels), -(-end // unit) * unit, num_shards)
+
+
+def compute_coordinates(placement: Placement, mesh: MeshLayout) -> list[dict[str, int]]:
+    """One coordinate for each flat index over the axes that cut the compute placement, the others at 0 or where it is present."""
+    axes = tuple(axis for cut in placement.cuts for axis in cut.axes)
+    rest = {axis: 0 for axis in mesh.axis_names} | {axis: held[0] for axis, held in placement.present}
+    choices = itertools.product(*(range(mesh.size(axis)) for axis in axes))
+    return [{**rest, **dict(zip(axes, choice, strict=True))} for choice in choices]
+
+
+def sharded_layouts(
+    layouts: Mapping[str, ParameterLayout], buckets: Sequence[Bucket], mesh: MeshLayout
+) -> dict[str, ParameterLayout]:
+    """Stage 1: every bucket's flat buffer cut into equal shards along `dp_shard x cp`; reduced over them in the backward pass."""
+    num_shards = mesh.size(SHARD_AXES)
+    changed = {}
+    for bucket in buckets:
+        members = [layouts[name] for name in bucket.names]
+        coordinates = compute_coordinates(members[0].compute, mesh)
+        rows = []
+        for coordinate in coordinates:
+            shape = bucket_shape([math.prod(member.compute.local_shape(coordinate, mesh)) for member in members], num_shards)
+            rows.append([tuple(shape.held(position, shard) for shard in range(num_shards)) for position in range(len(members))])
+        for position, member in enumerate(members):
+            ranges = tuple(row[position] for row in rows)
+            if len(set(ranges)) == 1:
+                ranges = ranges[:1]
+            changed[member.full_name] = replace(member, state=_without(member.compute, FlatCut(SHARD_AXES, ranges)))
+    return changed
+
+
+def replicated_layouts(layouts: Mapping[str, ParameterLayout]) -> dict[str, ParameterLayout]:
+    """Stage 0: whole states everywhere; still reduced in the backward pass."""
+    trained = (layout for layout in layouts.values() if layout.trainable)
+    return {
+        layout.full_name: replace(layout, state=replace(layout.compute, partial=_still_partial(layout.compute))) for layout in trained
+    }
+
+
+def _without(compute: Placement, flat: FlatCut) -> Placement:
+    replicated = tuple(axis for axis in compute.replicated if axis not in flat.axes)
+    return replace(compute, flat=flat, replicated=replicated, partial=_still_partial(compute))
+
+
+def _still_partial(compute: Placement) -> tuple[str, ...]:
+    return tuple(axis for axis in compute.partial if axis not in SHARD_AXES)
