@@ -5,6 +5,7 @@
 - `_new_process_group_helper`: the public `new_group(use_local_synchronization=True)` names a group by the number of groups that this
   rank has made so far, so ranks that belong to different numbers of groups wait for each other under different names for ever. Here the
   name is given. It also sorts the ranks (before 2.13 always); here their order is kept.
+- The stores, whose public names in `torch.distributed` its type annotations do not export.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
+
+__all__ = [
+    "FileStore",
+    "PrefixStore",
+    "Store",
+    "TCPStore",
+    "all_gather_single",
+    "new_named_group",
+    "reduce_scatter_single",
+]
 
 
 def all_gather_single(output: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -31,7 +43,7 @@ def reduce_scatter_single(output: torch.Tensor, tensor: torch.Tensor, group: dis
 
 
 def new_named_group(
-    ranks: Sequence[int], index: int, name: str, store: dist.Store, timeout: timedelta, device: torch.device
+    ranks: Sequence[int], index: int, name: str, store: Store, timeout: timedelta, device: torch.device
 ) -> dist.ProcessGroup:
     """Makes a process group among `ranks`, in this order; only they call it. Blocks until all have.
 
@@ -43,7 +55,15 @@ def new_named_group(
     backend = dist.get_backend()
     device_id = None if device.type == "cpu" else device
     group, _ = helper(
-        len(ranks), index, list(ranks), c10d.Backend(backend), store, name, timeout=timeout, device_id=device_id, group_desc=name
+        len(ranks),
+        index,
+        list(ranks),
+        c10d.Backend(backend),
+        store,
+        name,
+        timeout=timeout,
+        device_id=device_id,
+        group_desc=name,
     )
     world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     return cast(dist.ProcessGroup, group)

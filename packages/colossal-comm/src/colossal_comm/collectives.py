@@ -1,4 +1,4 @@
-"""`RankCollectives`: core's `Collectives` over a transport. Here are the checks, the ledger, the debug mode and autograd; no bytes move here.
+"""`RankCollectives`: core's `Collectives` over a transport, with its checks, ledger, debug mode and autograd.
 
 A group of one rank costs nothing: no communicator, no operation, no count. Communicators belong to (ranks, use): asynchronous
 reductions, gathers, all-to-alls and exchanges have one each, so that they overlap; differentiable collectives run on use `compute`, and
@@ -7,50 +7,22 @@ broadcasts, barriers and byte gathers on `control`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from colossal_core.collectives import DoneHandle
 
 from colossal_comm import differentiable, staging
 from colossal_comm.handle import AllOf, PendingCall, failure
-from colossal_comm.ledger import Ledger, ring_bytes
+from colossal_comm.ledger import ring_bytes
 from colossal_comm.transport import Call, Group, Transport
+from colossal_core.collectives import DoneHandle
 
 if TYPE_CHECKING:
+    from colossal_comm.session import Session
     from colossal_core.collectives import Axes, Cotangent, Handle, ReduceOp, Transfer
     from colossal_core.mesh import MeshLayout
-
-
-class Guard(Protocol):
-    """Looks at every collective before it starts: the debug mode."""
-
-    def check(self, call: Call) -> None:
-        """Returns when all members of the group have announced the same call; raises CommunicationError otherwise."""
-
-    def exchange(self, call: Call, transfers: Sequence[Transfer], issue: Callable[[], Handle]) -> Handle:
-        """Starts a point-to-point exchange under the guard."""
-
-
-@dataclass
-class Session:
-    """What all views of one group of ranks share: how bytes move, what was sent, and the number of calls on each communicator."""
-
-    transport: Transport | None
-    ledger: Ledger
-    guard: Guard | None
-    sequences: dict[tuple[tuple[int, ...], str], int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def next_sequence(self, group: Group) -> int:
-        with self.lock:
-            number = self.sequences.get(group.communicator, 0)
-            self.sequences[group.communicator] = number + 1
-        return number
 
 
 class RankCollectives:
@@ -150,7 +122,9 @@ class RankCollectives:
         self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "gather", tag: str = ""
     ) -> Handle:
         size = self.size(axes)
-        assert output.numel() == size * tensor.numel(), f"{tuple(output.shape)} is not {size} times {tuple(tensor.shape)}"
+        assert output.numel() == size * tensor.numel(), (
+            f"{tuple(output.shape)} is not {size} times {tuple(tensor.shape)}"
+        )
         if size == 1 or output.numel() == 0:
             return _copied(output, tensor)
         group, transport = self._group(axes, use), self._transport()
@@ -163,7 +137,9 @@ class RankCollectives:
         self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "reduce", tag: str = ""
     ) -> Handle:
         size = self.size(axes)
-        assert tensor.numel() == size * output.numel(), f"{tuple(tensor.shape)} is not {size} times {tuple(output.shape)}"
+        assert tensor.numel() == size * output.numel(), (
+            f"{tuple(tensor.shape)} is not {size} times {tuple(output.shape)}"
+        )
         if size == 1 or output.numel() == 0:
             return _copied(output, tensor)
         group, transport = self._group(axes, use), self._transport()

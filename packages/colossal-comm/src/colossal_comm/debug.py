@@ -16,18 +16,19 @@ import json
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from colossal_core.errors import CommunicationError
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-    from colossal_core.collectives import Handle, Transfer
-
+    from colossal_comm._torch_private import Store
     from colossal_comm.transport import Call
+    from colossal_core.collectives import Handle, Transfer
 
 _POLL_SECONDS = (0.0002, 0.01)
 _GRACE_SECONDS = 1.0
@@ -41,22 +42,21 @@ def call_site() -> str:
     import torch
 
     hidden = (_OWN_FOLDER, str(Path(torch.__file__).parent), "<")
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(hidden):
-        if frame.f_back is None:
-            return "compiled or backward code"
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "a thread of autograd" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class StoreGuard:
     """Compares fingerprints through the store of the group. timeout: how long to wait for the others before naming them."""
 
-    def __init__(self, store: dist.Store, rank: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, timeout: timedelta) -> None:
         self._store = store
         self._rank = rank
         self._timeout = timeout.total_seconds()
         self._transfers: dict[str, int] = {}
+        self._receives: dict[str, deque[Receive]] = {}
         self._lock = threading.Lock()
 
     def check(self, call: Call) -> None:
@@ -108,11 +108,128 @@ class StoreGuard:
             key = f"colossal/last_call/{rank}"
             last = describe(self._store.get(key).decode()) if self._store.check([key]) else "no collective at all"
             lines.append(f"  rank {rank} last announced: {last}")
-        lines.append("  look at what these ranks do instead: a condition that differs between ranks, an exception, or a slow step")
+        lines.append(
+            "  look at what these ranks do instead: a condition that differs between ranks, an exception, or a slow step"
+        )
         return "\n".join(lines)
 
-    def exchange(self, call: Call, transfers: Sequence[Transfer], issue: Callable[[], Handle]) -> Handle:
-        raise NotImplementedError
+    def exchange(
+        self, call: Call, transfers: Sequence[Transfer], issue: Callable[[Sequence[Transfer]], Handle]
+    ) -> Handle:
+        """Announces the sends and starts them; compares each receive with its sender's announcement when it is waited for."""
+        site = call_site()
+        sends = [transfer for transfer in transfers if transfer.kind == "send"]
+        # On an accelerator sends and receives must start together (NCCL blocks its stream); on gloo a receive of another size
+        # than was sent aborts the process, so it starts after the comparison.
+        together = issue(transfers) if transfers[0].tensor.device.type != "cpu" else None
+        started = together if together is not None or not sends else issue(sends)
+        receives = []
+        for transfer in transfers:
+            peer = call.group.ranks[transfer.peer]
+            own = transfer_fingerprint(transfer, call.tag, site)
+            if transfer.kind == "send":
+                self._announce(self._transfer_key(call.group.name, self._rank, peer), own)
+                continue
+            key = self._transfer_key(call.group.name, peer, self._rank)
+            box = key.rsplit("/", 1)[0]
+            receive = Receive(self._compare_transfer(call, key, own, peer), _issue_one(issue, transfer, together))
+            self._receives.setdefault(box, deque()).append(receive)
+            receives.append((self._receives[box], receive))
+        return GuardedExchange(started, receives)
+
+    def _transfer_key(self, name: str, source: int, target: int) -> str:
+        """The key of the next transfer between two ranks; both count."""
+        box = f"colossal/transfers/{name}/{source}-{target}"
+        with self._lock:
+            number = self._transfers.get(box, 0)
+            self._transfers[box] = number + 1
+        return f"{box}/{number}"
+
+    def _compare_transfer(self, call: Call, key: str, own: str, peer: int) -> Callable[[bool], bool]:
+        """A function that compares what was sent with what is received; False when not there yet and asked not to wait."""
+
+        def compare(block: bool) -> bool:
+            deadline = time.monotonic() + self._timeout
+            while not self._store.check([key]):
+                if not block:
+                    return False
+                if time.monotonic() > deadline:
+                    raise CommunicationError(self._hang(call, [call.group.ranks.index(peer)]))
+                time.sleep(_POLL_SECONDS[0])
+            theirs = self._store.get(key).decode()
+            self._store.delete_key(key)
+            mine, other = json.loads(own), json.loads(theirs)
+            if {**mine, "site": ""} != {**other, "site": ""}:
+                raise CommunicationError(
+                    f"rank {peer} sends something else than rank {self._rank} receives (transfer {key.rsplit('/', 1)[1]} between them over "
+                    f"{', '.join(call.group.axes)}):\n  rank {peer} sends {describe_transfer(other)}\n"
+                    f"  rank {self._rank} receives {describe_transfer(mine)}\n"
+                    "  both must name the same shape, dtype and tag, in the same order"
+                )
+            return True
+
+        return compare
+
+
+class Receive:
+    """A receive that starts when it has been compared."""
+
+    def __init__(self, compare: Callable[[bool], bool], issue: Callable[[], Handle]) -> None:
+        self._compare, self._issue = compare, issue
+        self.work: Handle | None = None
+
+    def start(self, block: bool) -> bool:
+        """Starts it unless it has; False when what is sent is not announced yet."""
+        if self.work is None and self._compare(block):
+            self.work = self._issue()
+        return self.work is not None
+
+
+class GuardedExchange:
+    """Sends that are on their way, and receives that start in the order in which they were asked for, whatever is waited for first."""
+
+    def __init__(self, sends: Handle | None, receives: list[tuple[deque[Receive], Receive]]) -> None:
+        self._sends, self._receives = sends, receives
+
+    def _start(self, queue: deque[Receive], receive: Receive, block: bool) -> bool:
+        while receive.work is None:
+            if not queue[0].start(block):
+                return False
+            queue.popleft()
+        return True
+
+    def wait(self) -> None:
+        for queue, receive in self._receives:
+            self._start(queue, receive, block=True)
+        for _, receive in self._receives:
+            assert receive.work is not None
+            receive.work.wait()
+        if self._sends is not None:
+            self._sends.wait()
+
+    def is_done(self) -> bool:
+        for queue, receive in self._receives:
+            if not self._start(queue, receive, block=False) or receive.work is None or not receive.work.is_done():
+                return False
+        return self._sends is None or self._sends.is_done()
+
+
+def _issue_one(
+    issue: Callable[[Sequence[Transfer]], Handle], transfer: Transfer, together: Handle | None
+) -> Callable[[], Handle]:
+    return lambda: issue([transfer]) if together is None else together
+
+
+def transfer_fingerprint(transfer: Transfer, tag: str, site: str) -> str:
+    """One half of a transfer as JSON: what both sides must agree on, and the line."""
+    shape, dtype = str(tuple(transfer.tensor.shape)), str(transfer.tensor.dtype).removeprefix("torch.")
+    return json.dumps({"shape": shape, "dtype": dtype, "tag": tag, "site": site})
+
+
+def describe_transfer(call: dict[str, str]) -> str:
+    """A transfer's fingerprint for people."""
+    tag = f", tag {call['tag']!r}" if call["tag"] else ""
+    return f"{call['shape']}, {call['dtype']}{tag}, at {call['site']}"
 
 
 def fingerprint(call: Call, site: str) -> str:
@@ -161,8 +278,13 @@ def describe(text: str) -> str:
 
 
 def _mismatch(call: Call, calls: dict[int, str]) -> str:
-    lines = [f"ranks called different collectives as number {call.sequence} on one communicator (use {call.group.use!r}):"]
-    for rank in call.group.ranks:
-        lines.append(f"  rank {rank}: {describe(calls[rank]) if rank in calls else 'nothing yet'}")
-    lines.append("  every rank of a group must call the same collectives in the same order, with the same shape, dtype and tag")
+    lines = [
+        f"ranks called different collectives as number {call.sequence} on one communicator (use {call.group.use!r}):"
+    ]
+    lines += [
+        f"  rank {rank}: {describe(calls[rank]) if rank in calls else 'nothing yet'}" for rank in call.group.ranks
+    ]
+    lines.append(
+        "  every rank of a group must call the same collectives in the same order, with the same shape, dtype and tag"
+    )
     return "\n".join(lines)

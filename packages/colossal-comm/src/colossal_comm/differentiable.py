@@ -77,19 +77,19 @@ def _found(key: str, axes: str) -> tuple[Participant, Axes]:
 
 def all_reduce(tensor: torch.Tensor, key: str, axes: Axes, cotangent: Cotangent, tag: str) -> torch.Tensor:
     """The sum. Backward: an all-reduce when the cotangent is partial, nothing when it is replicated."""
-    return torch.ops.colossal_comm.all_reduce(tensor, key, _names(axes), cotangent == "partial", tag)
+    result: torch.Tensor = torch.ops.colossal_comm.all_reduce(tensor, key, _names(axes), cotangent == "partial", tag)
+    return result
 
 
 def replicate(tensor: torch.Tensor, key: str, axes: Axes, tag: str) -> torch.Tensor:
     """The tensor itself. Backward: an all-reduce."""
-    return _Replicate.apply(tensor, key, _names(axes), tag)
+    result: torch.Tensor = _Replicate.apply(tensor, key, _names(axes), tag)  # type: ignore[no-untyped-call]
+    return result
 
 
-def all_gather(
-    tensor: torch.Tensor, key: str, axes: Axes, dim: int, cotangent: Cotangent, tag: str
-) -> torch.Tensor:
+def all_gather(tensor: torch.Tensor, key: str, axes: Axes, dim: int, cotangent: Cotangent, tag: str) -> torch.Tensor:
     """Concatenation along `dim`. Backward: a reduce-scatter, or this rank's range."""
-    stacked = torch.ops.colossal_comm.all_gather(tensor, key, _names(axes), cotangent == "partial", tag)
+    stacked: torch.Tensor = torch.ops.colossal_comm.all_gather(tensor, key, _names(axes), cotangent == "partial", tag)
     dim %= tensor.ndim
     return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
@@ -97,8 +97,10 @@ def all_gather(
 def reduce_scatter(tensor: torch.Tensor, key: str, axes: Axes, dim: int, size: int, tag: str) -> torch.Tensor:
     """This rank's range along `dim` of the sum. Backward: an all-gather."""
     dim %= tensor.ndim
-    stacked = tensor.unflatten(dim, (size, tensor.shape[dim] // size)).movedim(dim, 0)
-    return torch.ops.colossal_comm.reduce_scatter(stacked, key, _names(axes), tag)
+    shape = (*tensor.shape[:dim], size, tensor.shape[dim] // size, *tensor.shape[dim + 1 :])
+    stacked = tensor.reshape(shape).movedim(dim, 0)
+    result: torch.Tensor = torch.ops.colossal_comm.reduce_scatter(stacked, key, _names(axes), tag)
+    return result
 
 
 def all_to_all(
@@ -110,7 +112,7 @@ def all_to_all(
     tag: str,
 ) -> torch.Tensor:
     """Ranges of dim 0 to each rank. Backward: the same with the sizes exchanged."""
-    return torch.ops.colossal_comm.all_to_all(
+    result: torch.Tensor = torch.ops.colossal_comm.all_to_all(
         tensor,
         key,
         _names(axes),
@@ -118,11 +120,13 @@ def all_to_all(
         None if input_sizes is None else list(input_sizes),
         tag,
     )
+    return result
 
 
 def broadcast(tensor: torch.Tensor, key: str, axes: Axes, source: int, tag: str) -> torch.Tensor:
     """The source's tensor. Backward: the sum of all gradients at the source, zero elsewhere."""
-    return torch.ops.colossal_comm.broadcast(tensor, key, _names(axes), source, tag)
+    result: torch.Tensor = torch.ops.colossal_comm.broadcast(tensor, key, _names(axes), source, tag)
+    return result
 
 
 class _Replicate(torch.autograd.Function):
@@ -254,13 +258,28 @@ def _broadcast_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor 
     return torch.ops.colossal_comm.sum_at_source(gradient, key, axes, source, tag), None, None, None, None
 
 
-_LIBRARY = torch.library.Library("colossal_comm", "DEF")
+_LIBRARY = torch.library.Library("colossal_comm", "DEF")  # type: ignore[no-untyped-call]
 """torch's own table of operators; it lives as long as the process."""
 
 for _schema, _run, _shape, _backward in (
-    ("all_reduce(Tensor x, str key, str axes, bool partial, str tag)", _all_reduce_now, _same_shape, _all_reduce_backward),
-    ("all_gather(Tensor x, str key, str axes, bool partial, str tag)", _all_gather_now, _gathered_shape, _all_gather_backward),
-    ("reduce_scatter(Tensor x, str key, str axes, str tag)", _reduce_scatter_now, _range_shape, _reduce_scatter_backward),
+    (
+        "all_reduce(Tensor x, str key, str axes, bool partial, str tag)",
+        _all_reduce_now,
+        _same_shape,
+        _all_reduce_backward,
+    ),
+    (
+        "all_gather(Tensor x, str key, str axes, bool partial, str tag)",
+        _all_gather_now,
+        _gathered_shape,
+        _all_gather_backward,
+    ),
+    (
+        "reduce_scatter(Tensor x, str key, str axes, str tag)",
+        _reduce_scatter_now,
+        _range_shape,
+        _reduce_scatter_backward,
+    ),
     ("own_range(Tensor x, str key, str axes, str tag)", _own_range_now, _range_shape, None),
     (
         "all_to_all(Tensor x, str key, str axes, SymInt[]? output_sizes, SymInt[]? input_sizes, str tag)",
@@ -271,9 +290,9 @@ for _schema, _run, _shape, _backward in (
     ("broadcast(Tensor x, str key, str axes, int source, str tag)", _broadcast_now, _same_shape, _broadcast_backward),
     ("sum_at_source(Tensor x, str key, str axes, int source, str tag)", _sum_at_source_now, _same_shape, None),
 ):
-    _LIBRARY.define(f"{_schema} -> Tensor")
+    _LIBRARY.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
     _operator = f"colossal_comm::{_schema.split('(')[0]}"
-    _LIBRARY.impl(_operator, _run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_operator, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(_operator, _shape, lib=_LIBRARY)
     if _backward is not None:
         torch.library.register_autograd(_operator, _backward, setup_context=_keep_arguments, lib=_LIBRARY)

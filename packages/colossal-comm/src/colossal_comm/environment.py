@@ -2,11 +2,10 @@
 
 Only read, never written: no environment variable is set here.
 
-| launcher | rank, world size, local rank, local world size                                                     | host and port of the store        |
-|----------|---------------------------------------------------------------------------------------------------|-----------------------------------|
-| torchrun | RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE                                                    | MASTER_ADDR, MASTER_PORT          |
-| mpi      | OMPI_COMM_WORLD_{RANK,SIZE,LOCAL_RANK,LOCAL_SIZE}, else PMI_{RANK,SIZE}, MPI_LOCAL{RANKID,NRANKS} | MASTER_ADDR, MASTER_PORT          |
-| slurm    | SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NTASKS_PER_NODE                                  | first host of SLURM_JOB_NODELIST  |
+- torchrun: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+- mpi: OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE; else PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS. The store stands at
+  MASTER_ADDR, which may be left out on one host.
+- slurm: SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, SLURM_NTASKS_PER_NODE. The store stands on the first host of SLURM_JOB_NODELIST.
 
 They are looked at in this order, so `srun torchrun` is torchrun. MASTER_ADDR and MASTER_PORT win where they are set.
 """
@@ -84,9 +83,13 @@ def _read(values: Mapping[str, str], names: _Names) -> Environment:
         problems.append(Problem(names.rank, reason, f"start {size} processes with ranks from 0 to {size - 1}", rank))
     if local_rank is not None and local_size is not None and local_rank >= local_size and local_size >= 1:
         reason = f"not below the number of processes on this host, {local_size}"
-        problems.append(Problem(names.local_rank, reason, f"check {names.local_rank} and {names.local_size}", local_rank))
+        problems.append(
+            Problem(names.local_rank, reason, f"check {names.local_rank} and {names.local_size}", local_rank)
+        )
     if local_size is not None and size is not None and local_size > size >= 1:
-        problems.append(Problem(names.local_size, f"above {names.size}={size}", f"check {names.local_size}", local_size))
+        problems.append(
+            Problem(names.local_size, f"above {names.size}={size}", f"check {names.local_size}", local_size)
+        )
     address = "" if size == 1 else _address(values, names.launcher, size, local_size, problems)
     raise_problems(problems)
     assert rank is not None and size is not None and local_rank is not None and local_size is not None
@@ -96,7 +99,9 @@ def _read(values: Mapping[str, str], names: _Names) -> Environment:
 def _number(values: Mapping[str, str], name: str, problems: list[Problem], default: int | None = None) -> int | None:
     if name not in values:
         if default is None:
-            problems.append(Problem(name, "not set, though the other variables of this launcher are", "set it, or unset the others"))
+            problems.append(
+                Problem(name, "not set, though the other variables of this launcher are", "set it, or unset the others")
+            )
         return default
     if not re.fullmatch(r"[0-9]+", values[name]):
         problems.append(Problem(name, "not a whole number", "let the launcher set it, or unset it", values[name]))

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from colossal_comm import _torch_private
 
 if TYPE_CHECKING:
-    from colossal_core.collectives import Handle, ReduceOp, Transfer
-
+    from colossal_comm._torch_private import Store
     from colossal_comm.transport import Group
+    from colossal_core.collectives import Handle, ReduceOp, Transfer
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _LEFT = "colossal/left"
@@ -46,7 +46,7 @@ class TorchTransport:
     """Collectives over torch.distributed. store: shared by all ranks; hosts_store: this rank serves it and must leave last."""
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, device: torch.device, timeout: timedelta, hosts_store: bool
+        self, store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta, hosts_store: bool
     ) -> None:
         self.store = store
         self._rank, self._world_size = rank, world_size

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from colossal_core.errors import CommunicationError
 
 if TYPE_CHECKING:
-    from colossal_core.collectives import Handle
-
     from colossal_comm.transport import Call
+    from colossal_core.collectives import Handle
 
 
 def failure(call: Call, seconds: float, error: BaseException) -> CommunicationError:

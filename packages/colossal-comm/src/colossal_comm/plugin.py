@@ -9,6 +9,7 @@ from colossal_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import torch
+
     from colossal_core.collectives import Collectives
     from colossal_core.mesh import MeshLayout
 

@@ -10,29 +10,34 @@ for it, so differentiable collectives meet in the backward pass as they do betwe
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+from colossal_comm.collectives import RankCollectives
+from colossal_comm.ledger import Ledger
+from colossal_comm.session import Session
 from colossal_core.errors import CommunicationError
 
-from colossal_comm.collectives import RankCollectives, Session
-from colossal_comm.ledger import Ledger
-
 if TYPE_CHECKING:
+    from colossal_comm.transport import Group
     from colossal_core.collectives import Collectives, Handle, ReduceOp, Transfer
     from colossal_core.mesh import MeshLayout
 
-    from colossal_comm.transport import Group
-
 T = TypeVar("T")
 
+_REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 
-class _Stopped(Exception):
-    """Ends a rank because another one has failed; never seen by the caller."""
+
+class _Stopped(BaseException):
+    """Ends a rank because another one has failed; never seen by the caller, nor caught by `except Exception` in a rank."""
 
 
 @dataclass
@@ -45,6 +50,10 @@ class _Meeting:
     read: int = 0
 
 
+_Box = tuple[str, int, int, int]
+"""Where a letter lies: communicator, sender, receiver, and its number between the two."""
+
+
 class _World:
     """What the threads share, under one lock."""
 
@@ -55,7 +64,7 @@ class _World:
         self.failed: BaseException | None = None
         self.finished: set[int] = set()
         self.meetings: dict[tuple[tuple[int, ...], str, int], _Meeting] = {}
-        self.letters: dict[tuple[str, int, int], deque[torch.Tensor]] = {}
+        self.letters: dict[_Box, torch.Tensor] = {}
 
     def fail(self, error: BaseException) -> None:
         with self.changed:
@@ -101,7 +110,9 @@ class _MeetingHandle:
             )
             if len(set(meeting.what.values())) > 1:
                 calls = "; ".join(f"rank {rank}: {meeting.what[rank]}" for rank in ranks)
-                raise CommunicationError(f"ranks called different collectives as number {number} (use {use!r}): {calls}")
+                raise CommunicationError(
+                    f"ranks called different collectives as number {number} (use {use!r}): {calls}"
+                )
         with torch.no_grad():
             self._read(meeting)
         with world.changed:
@@ -118,7 +129,7 @@ class _MeetingHandle:
 class _LetterHandle:
     """Takes what was sent to this rank."""
 
-    def __init__(self, world: _World, expected: list[tuple[tuple[str, int, int], torch.Tensor]], what: str) -> None:
+    def __init__(self, world: _World, expected: list[tuple[_Box, torch.Tensor]], what: str) -> None:
         self._world, self._expected, self._what = world, expected, what
 
     def wait(self) -> None:
@@ -126,7 +137,7 @@ class _LetterHandle:
         for box, target in self._expected:
             with world.changed:
                 world.wait_until(_has_letter(world, box), _sender_unless_there(world, box), self._what)
-                letter = world.letters[box].popleft()
+                letter = world.letters.pop(box)
             if letter.shape != target.shape or letter.dtype != target.dtype:
                 raise CommunicationError(
                     f"{self._what}: rank {box[1]} sent {letter.dtype} {tuple(letter.shape)}, "
@@ -136,15 +147,15 @@ class _LetterHandle:
 
     def is_done(self) -> bool:
         with self._world.changed:
-            return all(self._world.letters.get(box) for box, _ in self._expected)
+            return all(box in self._world.letters for box, _ in self._expected)
 
 
-def _has_letter(world: _World, box: tuple[str, int, int]) -> Callable[[], bool]:
-    return lambda: bool(world.letters.get(box))
+def _has_letter(world: _World, box: _Box) -> Callable[[], bool]:
+    return lambda: box in world.letters
 
 
-def _sender_unless_there(world: _World, box: tuple[str, int, int]) -> Callable[[], list[int]]:
-    return lambda: [] if world.letters.get(box) else [box[1]]
+def _sender_unless_there(world: _World, box: _Box) -> Callable[[], list[int]]:
+    return lambda: [] if box in world.letters else [box[1]]
 
 
 class SimulatedTransport:
@@ -153,6 +164,7 @@ class SimulatedTransport:
     def __init__(self, world: _World, rank: int) -> None:
         self._world, self._rank = world, rank
         self._numbers: dict[tuple[tuple[int, ...], str], int] = {}
+        self._boxes: dict[tuple[str, int, int], int] = {}
 
     def prepare(self, group: Group) -> None:
         """Nothing to make."""
@@ -179,7 +191,7 @@ class SimulatedTransport:
         return _MeetingHandle(self._world, key, read)
 
     def all_reduce(self, group: Group, tensor: torch.Tensor, op: ReduceOp) -> Handle:
-        reduce = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+        reduce = _REDUCTIONS[op]
 
         def read(meeting: _Meeting) -> None:
             total = meeting.given[group.ranks[0]].clone()
@@ -242,12 +254,17 @@ class SimulatedTransport:
             for transfer in transfers:
                 peer = group.ranks[transfer.peer]
                 if transfer.kind == "send":
-                    box = (group.name, self._rank, peer)
-                    self._world.letters.setdefault(box, deque()).append(transfer.tensor.detach().clone())
+                    box = self._next_box(group.name, self._rank, peer)
+                    self._world.letters[box] = transfer.tensor.detach().clone()
                 else:
-                    expected.append(((group.name, peer, self._rank), transfer.tensor))
+                    expected.append((self._next_box(group.name, peer, self._rank), transfer.tensor))
             self._world.changed.notify_all()
         return _LetterHandle(self._world, expected, f"an exchange of ranks {list(group.ranks)}")
+
+    def _next_box(self, name: str, sender: int, receiver: int) -> _Box:
+        number = self._boxes.get((name, sender, receiver), 0)
+        self._boxes[name, sender, receiver] = number + 1
+        return name, sender, receiver, number
 
     def close(self, grace_seconds: float) -> None:
         """Nothing to free."""
@@ -281,12 +298,14 @@ def run_simulated(
                 results[rank] = fn(RankCollectives(mesh, rank, target, Session(transport, Ledger(), None)))
         except _Stopped:
             return
-        except BaseException as error:  # noqa: BLE001 - carried to the caller's thread, whatever it is
+        except BaseException as error:  # carried to the caller's thread, whatever it is
             world.fail(error)
         finally:
             world.finish(rank)
 
-    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(mesh.world_size)]
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(mesh.world_size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -71,7 +71,7 @@ def _flattened(tensors: list[torch.Tensor]) -> Staged:
     buffer = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
     def finish() -> None:
-        parts = buffer.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(buffer, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             _copy(tensor, part.view(tensor.shape))
 
@@ -113,4 +113,9 @@ def for_exchange(transfers: Sequence[Transfer]) -> tuple[list[Transfer], Callabl
             finishes.append(target.finish)
     if not finishes:
         return staged, None
-    return staged, lambda: [finish() for finish in finishes] and None
+
+    def finish_all() -> None:
+        for finish in finishes:
+            finish()
+
+    return staged, finish_all

@@ -20,14 +20,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from colossal_core.errors import CommunicationError, ConfigError, Problem
-
-from colossal_comm.collectives import RankCollectives, Session
+from colossal_comm.collectives import RankCollectives
 from colossal_comm.ledger import Ledger
+from colossal_comm.session import Session
+from colossal_core.errors import CommunicationError, ConfigError, Problem
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
+
+    from colossal_comm._torch_private import Store
     from colossal_core.mesh import MeshLayout
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
@@ -73,7 +74,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         remedy = "give a name that every rank can resolve, or an IP address"
-        raise ConfigError([Problem("store_address", f"the host has no address ({error.strerror})", remedy, host)]) from error
+        raise ConfigError(
+            [Problem("store_address", f"the host has no address ({error.strerror})", remedy, host)]
+        ) from error
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -82,7 +85,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            problem = Problem("store_address", "the port is taken", "choose another port, or stop the other run", f"{host}:{port}")
+            problem = Problem(
+                "store_address", "the port is taken", "choose another port, or stop the other run", f"{host}:{port}"
+            )
         else:
             problem = Problem(
                 "store_address",
@@ -102,8 +107,14 @@ class StoreServer:
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         listener = bind_socket(host, port)
-        self.address = f"tcp://{_bracketed(host)}:{listener.getsockname()[1]}?hosted"
-        self._store: dist.Store | None = _serve(host, listener, timeout)
+        self.port: int = listener.getsockname()[1]
+        self.address = f"tcp://{_bracketed(host)}:{self.port}?hosted"
+        self._store: Store | None = _serve(host, listener, timeout)
+
+    @property
+    def store(self) -> Store:
+        assert self._store is not None, "the server is closed"
+        return self._store
 
     def close(self) -> None:
         self._store = None
@@ -113,36 +124,36 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _serve(host: str, listener: socket.socket, timeout: timedelta) -> dist.Store:
-    import torch.distributed as dist
+def _serve(host: str, listener: socket.socket, timeout: timedelta) -> Store:
+    from colossal_comm._torch_private import TCPStore
 
     port = listener.getsockname()[1]
     # torch takes the descriptor over and closes it with the store.
-    return dist.TCPStore(
+    return TCPStore(
         host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 
-def open_store(address: StoreAddress, rank: int, world_size: int, timeout: timedelta) -> tuple[dist.Store, bool]:
+def open_store(address: StoreAddress, rank: int, world_size: int, timeout: timedelta) -> tuple[Store, bool]:
     """The store at an address, and whether this rank hosts it."""
-    import torch.distributed as dist
+    from colossal_comm._torch_private import FileStore, PrefixStore, TCPStore
 
-    store: dist.Store
+    store: Store
     hosts = False
     if address.path:
-        store = dist.FileStore(address.path, world_size)
+        store = FileStore(address.path, world_size)
     elif rank == 0 and not address.hosted:
         store, hosts = _serve(address.host, bind_socket(address.host, address.port), timeout), True
     else:
         try:
-            store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timeout, wait_for_workers=False)
+            store = TCPStore(address.host, address.port, is_master=False, timeout=timeout, wait_for_workers=False)
         except RuntimeError as error:
             raise CommunicationError(
                 f"rank {rank} could not reach the store at {address.host}:{address.port} within {timeout.total_seconds():g} s: "
                 "check that rank 0 runs, that the host name means the same on every host, and that no firewall is between them"
             ) from error
     store.set_timeout(timeout)
-    return (dist.PrefixStore(address.prefix, store) if address.prefix else store), hosts
+    return (PrefixStore(address.prefix, store) if address.prefix else store), hosts
 
 
 def join(
@@ -156,9 +167,10 @@ def join(
 ) -> RankCollectives:
     """Joins the group of `mesh.world_size` ranks. Blocks until all have joined, at most `timeout`.
 
-    device: `cpu` (gloo) or an accelerator with an index (NCCL on CUDA), which becomes the current one. timeout: of joining and of every
-    collective. debug: check a fingerprint before each collective (`debug.py`); None reads COLOSSAL_DEBUG_COLLECTIVES now. A mesh of one rank starts
-    nothing. Raises ConfigError for what is wrong with the address, CommunicationError when other ranks do not come.
+    device: `cpu` (gloo) or an accelerator with an index (NCCL on CUDA), which becomes the current one. timeout: of joining and of
+    every collective. debug: check a fingerprint before each collective (`debug.py`); None reads COLOSSAL_DEBUG_COLLECTIVES now.
+    A mesh of one rank starts nothing. Raises ConfigError for what is wrong with the address, CommunicationError when other ranks do
+    not come.
     """
     assert 0 <= rank < mesh.world_size, f"rank {rank} of {mesh.world_size}"
     _check_timeout(timeout)
@@ -166,6 +178,7 @@ def join(
         return RankCollectives(mesh, rank, device, Session(None, Ledger(), None))
     import torch.distributed as dist
 
+    from colossal_comm._torch_private import PrefixStore
     from colossal_comm.debug import StoreGuard
     from colossal_comm.groups import TorchTransport
 
@@ -177,7 +190,7 @@ def join(
     _meet(store, rank, mesh.world_size, timeout)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        store=dist.PrefixStore("colossal.world", store),
+        store=PrefixStore("colossal.world", store),
         rank=rank,
         world_size=mesh.world_size,
         timeout=timeout,
@@ -200,7 +213,9 @@ def debug_wanted(environ: Mapping[str, str]) -> bool:
     """Whether COLOSSAL_DEBUG_COLLECTIVES asks for the debug mode. Raises ConfigError for anything but 0 and 1."""
     value = environ.get(DEBUG_VARIABLE, "0")
     if value not in ("", "0", "1"):
-        raise ConfigError([Problem(DEBUG_VARIABLE, "neither 0 nor 1", "set it to 1 to check every collective, to 0 not to", value)])
+        raise ConfigError(
+            [Problem(DEBUG_VARIABLE, "neither 0 nor 1", "set it to 1 to check every collective, to 0 not to", value)]
+        )
     return value == "1"
 
 
@@ -214,15 +229,15 @@ def _select_device(device: torch.device) -> None:
         return
     import torch
 
-    if device.index is None:
+    if ":" not in str(device):
         remedy = f"give {device.type}:0, or the one of this rank's local rank"
         raise ConfigError([Problem("device", "an accelerator needs an index", remedy, str(device))])
     torch.accelerator.set_device_index(device.index)
 
 
-def _meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+def _meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
     """Waits for every rank, and names those that do not come (torch would only say that it timed out)."""
-    store.set(f"colossal/joined/{rank}", b"1")
+    store.set(f"colossal/joined/{rank}", "1")
     try:
         store.wait([f"colossal/joined/{other}" for other in range(world_size)], timeout)
     except RuntimeError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
     from colossal_core.collectives import Handle, ReduceOp, Transfer
 
 

@@ -5,9 +5,26 @@ All were tried on torch 2.13.0 (CPU); `torch._dynamo.config.recompile_limit` is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+__all__ = [
+    "OpOverload",
+    "TorchDispatchMode",
+    "call_node",
+    "is_view_op",
+    "num_gradients_in",
+    "packet_of",
+    "raise_recompile_limit",
+    "selective_contexts",
+]
 
 
 def raise_recompile_limit(num_blocks: int) -> None:
@@ -31,3 +48,34 @@ def is_view_op(op: OpOverload) -> bool:
 def packet_of(op: OpOverload) -> Any:
     """The operator without its overload (`aten.mm` of `aten.mm.default`), by which torch's flop formulas are kept."""
     return op._overloadpacket
+
+
+def selective_contexts(
+    policy: Callable[..., Any] | list[OpOverload],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Torch's contexts for the first run of a selectively checkpointed function and for the second. Public, but without types."""
+    first, second = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+    return first, second
+
+
+def num_gradients_in(node: Node) -> int:
+    """How many gradients a node of autograd's graph takes: one for each output of the function that it is the derivative of."""
+    return len(node._input_metadata)
+
+
+def call_node(node: Node, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """Runs one node of autograd's graph by itself: the gradients that it passes on, one for each of `next_functions`.
+
+    As autograd does between nodes, each is brought to the shape and dtype that the next node takes (a bias was broadcast).
+    """
+    callable_node: Any = node
+    results = callable_node(*gradients)
+    passed = results if isinstance(results, tuple) else (results,)
+    return tuple(
+        None if gradient is None or child is None else _fitted(gradient, child._input_metadata[output])
+        for gradient, (child, output) in zip(passed, node.next_functions, strict=True)
+    )
+
+
+def _fitted(gradient: torch.Tensor, metadata: Any) -> torch.Tensor:
+    return gradient.sum_to_size(metadata.shape).to(metadata.dtype)

@@ -1,4 +1,4 @@
-"""What any `nn.Module` is made of: blocks, embeddings, head, shared parameters, and the interfaces behind which attention and experts sit."""
+"""What any `nn.Module` is made of: blocks, embeddings, head, shared parameters, and the interfaces of attention and experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Task = Literal["causal-lm", "masked-lm", "seq2seq-lm", "own-loss"]
 class ParameterFact:
     """One parameter of the untouched model. names: all its names, the full name first. numel is the product of shape.
 
-    dtype: torch's name without the prefix (`float32`). block: name of the block that holds it; "" for what no block, or more than one, holds.
+    dtype: torch's name without the prefix (`float32`). block: name of the block that holds it; "" where none does, or several do.
     """
 
     names: tuple[str, ...]

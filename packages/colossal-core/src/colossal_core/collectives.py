@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class Collectives(Protocol):
     mesh: MeshLayout
     rank: int
     device: torch.device
+
+    def with_mesh(self, mesh: MeshLayout) -> Collectives:
+        """The same ranks and communicators, seen through another mesh of the same size (a plan made after joining)."""
+
+    def close(self, grace: timedelta = timedelta(0)) -> None:
+        """Leaves the group. grace: how long the rank that hosts the store waits for the others. Calling it again does nothing."""
 
     def size(self, axes: Axes) -> int:
         """Number of ranks in this rank's group over `axes`."""
@@ -140,6 +147,15 @@ class SingleProcess:
         self.mesh = MeshLayout()
         self.rank = 0
         self.device = device
+
+    def with_mesh(self, mesh: MeshLayout) -> SingleProcess:
+        assert mesh.world_size == 1, f"{mesh} is not a mesh of one rank"
+        other = SingleProcess(self.device)
+        other.mesh = mesh
+        return other
+
+    def close(self, grace: timedelta = timedelta(0)) -> None:
+        del grace
 
     def size(self, axes: Axes) -> int:
         return self.mesh.size(axes)

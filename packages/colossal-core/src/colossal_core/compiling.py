@@ -37,7 +37,7 @@ class Compile:
     after: tuple[str, ...] = field(default=(), init=False)
 
     def check(self, config: TrainConfig, anatomy: ModelAnatomy, mesh: MeshLayout) -> list[Problem]:
-        del config, mesh
+        del mesh
         problems = []
         if not anatomy.blocks:
             problems.append(Problem("compile.enabled", *no_blocks(anatomy, "compile.enabled: false"), True))
@@ -45,6 +45,10 @@ class Compile:
         if self.config.backend not in known:
             reason = f"torch {torch.__version__} has no such backend"
             problems.append(Problem("compile.backend", reason, f"use one of {', '.join(known)}", self.config.backend))
+        if self.config.backend == "eager" and config.recompute.mode != "none":
+            reason = "does not bring random numbers back when it recomputes a block, so dropout would have wrong gradients"
+            remedy = "use aot_eager or inductor, or recompute.mode: none"
+            problems.append(Problem("compile.backend", reason, remedy, self.config.backend))
         return problems
 
     def plan(self, draft: PlanDraft, anatomy: ModelAnatomy) -> PlanDraft:

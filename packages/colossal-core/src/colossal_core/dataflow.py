@@ -58,7 +58,7 @@ def module_lists(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     return {name: elements for name, elements in lists.items() if elements}
 
 
-def trace(model: nn.Module, batch: Mapping[str, Tensor] | None) -> Trace:
+def trace(model: nn.Module, batch: Mapping[str, object] | None) -> Trace:
     """Runs `model(**batch)` on meta and reports. An error in the model ends the trace and is told in `error`, never raised.
 
     Meta tensors have no values: where the model branches on one (is this mask all ones? are these sequences packed?), the pass takes
@@ -67,13 +67,13 @@ def trace(model: nn.Module, batch: Mapping[str, Tensor] | None) -> Trace:
     if batch is None:
         return Trace(error="no example batch is known for this class of model")
     found = _trace_once(model, batch, branch=True)
-    if not found.error:
-        return found
-    again = _trace_once(model, batch, branch=False)
-    return again if not again.error else found
+    if found.error:
+        again = _trace_once(model, batch, branch=False)
+        return found if again.error else again
+    return found
 
 
-def _trace_once(model: nn.Module, batch: Mapping[str, Tensor], *, branch: bool) -> Trace:
+def _trace_once(model: nn.Module, batch: Mapping[str, object], *, branch: bool) -> Trace:
     found = Trace()
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -84,9 +84,7 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Tensor], *, branch: bool) 
             meta = {key: tensor.to("meta") if isinstance(tensor, Tensor) else tensor for key, tensor in batch.items()}
             with torch.device("meta"), _Observer(shadow, found.fused_dropout, branch=branch):
                 shadow(**meta)
-    except (
-        Exception
-    ) as error:  # whatever a stranger's forward raises: then there is no trace, and the caller goes by structure
+    except Exception as error:  # whatever a stranger's forward raises: the caller then goes by structure
         found.error = f"{type(error).__name__}: {error}".splitlines()[0]
         return found
     for handle in handles:

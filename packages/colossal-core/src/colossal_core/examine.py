@@ -25,8 +25,8 @@ from colossal_core.transformers_plans import expert_plan, tensor_plan
 def examine(model: nn.Module, example_batch: Mapping[str, Tensor] | None = None) -> ModelAnatomy:
     """The facts that strategies plan from. Deterministic; the model is neither moved, called nor changed.
 
-    example_batch: keyword arguments of the model's forward, any device, values unused; transformers models need none. With neither, or when the
-    traced pass fails, block lists are found by structure and `untraced` says why.
+    example_batch: keyword arguments of the model's forward, any device, values unused; transformers models need none. With neither, or
+    when the traced pass fails, block lists are found by structure and `untraced` says why.
     """
     found = trace(model, traced_batch(model, example_batch))
     chains = chains_by_data_flow(model, found)

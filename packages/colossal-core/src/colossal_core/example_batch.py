@@ -15,7 +15,7 @@ NUM_TOKENS = 8
 NUM_SAMPLES = 16_000  # of sound: one second at the usual rate, long enough for every convolutional front end
 
 
-def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -> dict[str, object] | None:
     """What to trace with: the user's example, or one made from a transformers config; only keys that `forward` takes; None: unknown.
 
     Labels are left out where they may be: the blocks do not need them, and a loss may look at values, which meta tensors have not.
@@ -25,11 +25,11 @@ def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -
         return None
     taken = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
-    kept = {key: value for key, value in batch.items() if takes_any or key in taken}
+    kept: dict[str, object] = {key: value for key, value in batch.items() if takes_any or key in taken}
     if "labels" in taken and taken["labels"].default is not inspect.Parameter.empty:
         kept.pop("labels", None)
     if "use_cache" in taken and is_transformers_model(model):
-        return {**kept, "use_cache": False}  # type: ignore[dict-item]  # a flag rides along with the tensors
+        kept["use_cache"] = False
     return kept
 
 
@@ -46,6 +46,8 @@ def _from_config(model: nn.Module) -> dict[str, Tensor] | None:
             batch["input_ids"] = _tokens()
     else:
         batch = {"input_ids": _tokens()}
+        if "pixel_values" in taken and model.get_output_embeddings() is None:  # type: ignore[operator]
+            batch["pixel_values"] = _pixels(config)  # a model of both (CLIP); one that writes text runs on text alone
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
         batch["decoder_input_ids"] = _tokens()
     return batch

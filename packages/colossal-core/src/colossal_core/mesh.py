@@ -71,7 +71,9 @@ class MeshLayout:
         assert axis.name not in self.axis_names, f"axis {axis.name} exists"
         total = math.prod(self.size(source) for source in axis.sources)
         assert total % (axis.size * axis.stride) == 0, f"{axis} does not divide {total}"
-        return MeshLayout(self.sizes, (*self.derived, axis), self.sharing)
+        mesh = MeshLayout(self.sizes, (*self.derived, axis), self.sharing)
+        mesh._digit(axis.name)
+        return mesh
 
     def size(self, axes: str | Sequence[str]) -> int:
         """Number of ranks in one group over `axes` (the product of their sizes)."""
@@ -104,40 +106,46 @@ class MeshLayout:
         """The rank at a coordinate of the base axes."""
         return self.flat_index(coordinate, BASE_AXES)
 
-    def _base_of(self, axes: Sequence[str]) -> tuple[str, ...]:
-        found: set[str] = set()
-        pending = list(axes)
-        while pending:
-            axis = pending.pop()
-            if axis in BASE_AXES:
-                found.add(axis)
-            else:
-                pending.extend(self._derived_by_name[axis].sources)
-        return tuple(axis for axis in BASE_AXES if axis in found)
+    def _digit(self, name: str) -> tuple[tuple[str, ...], int]:
+        """The axis as a digit of base axes: its coordinate is `(flat(base axes) // stride) % size`. Returns (base axes, stride)."""
+        if name in BASE_AXES:
+            return (name,), 1
+        axis = self._derived_by_name[name]
+        if len(axis.sources) == 1:
+            base, stride = self._digit(axis.sources[0])
+            return base, stride * axis.stride
+        found: list[str] = []
+        for source in axis.sources:
+            base, stride = self._digit(source)
+            whole = stride == 1 and self.size(base) == self.size(source)
+            assert whole, f"axis {name}: {source} is a factor, and a factor can only be factored further by itself"
+            found += base
+        assert len(set(found)) == len(found), f"axis {name} has one of {found} twice"
+        return tuple(found), axis.stride
 
     def group(self, rank: int, axes: str | Sequence[str]) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axes`, ordered by their flat index over `axes` (as given, row-major)."""
-        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if self.size(axis) > 1)
         own = self.coordinate(rank)
-        base = self._base_of(axes)
-        if base == axes:  # the common case, without enumerating candidates that only a derived axis would rule out
-            choices = itertools.product(*(range(self.size(axis)) for axis in axes))
-            return tuple(self.rank({**own, **dict(zip(axes, choice, strict=True))}) for choice in choices)
-        # A derived axis varies some digits of its sources and keeps the others: those others are the rest of the mixed radix.
-        fixed = {name: self._other_digits(own, self._derived_by_name[name]) for name in axes if name not in BASE_AXES}
-        members: dict[int, int] = {}
-        for choice in itertools.product(*(range(self.size(axis)) for axis in base)):
-            candidate = {**own, **dict(zip(base, choice, strict=True))}
-            other = self.rank(candidate)
-            full = self.coordinate(other)
-            if all(self._other_digits(full, self._derived_by_name[name]) == digits for name, digits in fixed.items()):
-                members[self.flat_index(full, axes)] = other
-        assert len(members) == self.size(axes), f"axes {axes} do not form a group: {members}"
-        return tuple(members[index] for index in sorted(members))
-
-    def _other_digits(self, coordinate: Mapping[str, int], axis: DerivedAxis) -> tuple[int, int]:
-        flat = self.flat_index(coordinate, axis.sources)
-        return flat // (axis.stride * axis.size), flat % axis.stride
+        digits = [self._digit(axis) for axis in axes]
+        folds = tuple(dict.fromkeys(base for base, _ in digits))
+        together = [axis for base in folds for axis in base]
+        assert len(set(together)) == len(together), f"axes {axes} do not form a group: they cut {together} in two ways"
+        kept = {base: self.flat_index(own, base) for base in folds}
+        for axis, (base, stride) in zip(axes, digits, strict=True):
+            kept[base] -= own[axis] * stride
+        members = []
+        for choice in itertools.product(*(range(self.size(axis)) for axis in axes)):
+            flat = dict(kept)
+            for index, (base, stride) in zip(choice, digits, strict=True):
+                flat[base] += index * stride
+            coordinate = dict(own)
+            for base, rest in flat.items():
+                for axis in reversed(base):
+                    rest, coordinate[axis] = divmod(rest, self.size(axis))
+            members.append(self.rank(coordinate))
+        assert len(set(members)) == len(members), f"axes {axes} do not form a group: {members}"
+        return tuple(members)
 
     def groups(self, axes: str | Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """All groups over `axes`, each rank in exactly one, ordered by their first rank."""

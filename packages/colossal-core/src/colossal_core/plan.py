@@ -163,14 +163,17 @@ def make_plan(
     ops: OpTable,
     *,
     world_size: int,
+    known_problems: Sequence[Problem] = (),
 ) -> Plan:
     """Checks everything and decides everything.
 
     strategies: the active ones, in the order of application. axis_sizes: sizes that sections ask for; dp_shard takes what is left over.
+    known_problems: what the caller found already, to be reported together with the rest.
 
     Raises: ConfigError with every problem of every strategy at once.
     """
-    mesh, problems = _mesh(axis_sizes, world_size)
+    mesh, mesh_problems = _mesh(axis_sizes, world_size)
+    problems = [*known_problems, *mesh_problems]
     batch, batch_problems = _batch(config, mesh)
     problems += batch_problems
     for strategy in strategies:
@@ -209,6 +212,13 @@ def initial_layouts(anatomy: ModelAnatomy, mesh: MeshLayout) -> dict[str, Parame
             fact.full_name, fact.shape, placement, placement, aliases=fact.names[1:], block=unit, trainable=fact.trainable
         )
     return layouts
+
+
+def mesh_of(axis_sizes: Mapping[str, int], world_size: int) -> MeshLayout:
+    """The mesh that a config asks for. Raises ConfigError when the ranks do not divide."""
+    mesh, problems = _mesh(axis_sizes, world_size)
+    raise_problems(problems)
+    return mesh
 
 
 def _mesh(axis_sizes: Mapping[str, int], world_size: int) -> tuple[MeshLayout, list[Problem]]:

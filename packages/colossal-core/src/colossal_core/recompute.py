@@ -10,12 +10,14 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
+from colossal_core._torch_private import selective_contexts
 from colossal_core.dataflow import tensors_in
 from colossal_core.errors import Problem
 from colossal_core.selective import Decision, Policy, decide, trace_block
@@ -31,10 +33,6 @@ if TYPE_CHECKING:
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 Forward = Callable[..., Any]
-
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-"""What transformers' blocks call their generation cache. A second run would append to it twice; training does not read it."""
-
 
 class Recomputation:
     """How one block's forward is run, and run again.
@@ -52,7 +50,7 @@ class Recomputation:
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One call in training: what `original` returns, with a graph that recomputes."""
-        kwargs = without_cache(kwargs)
+        args, kwargs = without_cache(args), without_cache(dict(kwargs))
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
         self.measure(args, kwargs)
@@ -62,9 +60,9 @@ class Recomputation:
         """(for the first run, for the second) of one forward pass, the second with all states as they are now."""
         selective: Contexts = (nullcontext(), nullcontext())
         if self.decision is not None:
-            selective = create_selective_checkpoint_contexts(Policy(self.decision))
+            selective = selective_contexts(Policy(self.decision))
         captured = [(state, state.capture()) for state in (*self._replayed, _BlockCall(self.block))]
-        return selective[0], _second_run(self.block, captured, selective[1])
+        return selective[0], _SecondRun(self.block, captured, selective[1])
 
     def measure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Decides, at the first call, what is kept: one more run of the block that leaves no mark on any state."""
@@ -73,7 +71,7 @@ class Recomputation:
         inputs = tuple(tensors_in((args, dict(kwargs))))
         devices = {tensor.device.index for tensor in inputs if tensor.device.type == "cuda"}
         captured = [(state, state.capture()) for state in (*self._replayed, _BlockCall(self.block))]
-        with torch.random.fork_rng(devices=sorted(devices)), _second_run(self.block, captured, nullcontext()):
+        with torch.random.fork_rng(devices=sorted(devices)), _SecondRun(self.block, captured, nullcontext()):
             trace = trace_block(lambda: self.original(*args, **kwargs), self.block, inputs)
         self.decision = decide(trace, self._memory_budget)
 
@@ -85,10 +83,10 @@ class Recomputation:
             self._measure_outside(args, kwargs)
         assert self.decision is not None
         keep = list(self.decision.whole_operators)
-        contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+        contexts = functools.partial(selective_contexts, keep)
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _measure_outside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.measure(args, kwargs)
 
@@ -113,9 +111,17 @@ def recomputation_of(block: nn.Module) -> Recomputation | None:
     return found if isinstance(found, Recomputation) else None
 
 
-def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments with the generation cache left out."""
-    return {key: None if key in CACHE_ARGUMENTS else value for key, value in kwargs.items()}
+def without_cache(value: Any) -> Any:
+    """Arguments with transformers' generation caches replaced by None, by type: some blocks take theirs by position.
+
+    A second run would append to the cache twice, and training does not read it.
+    """
+    if type(value) in (tuple, list):
+        return type(value)(without_cache(item) for item in value)
+    if type(value) is dict:
+        return {key: without_cache(item) for key, item in value.items()}
+    names = [(parent.__module__, parent.__name__) for parent in type(value).__mro__]
+    return None if any(module.startswith("transformers.") and name.endswith("Cache") for module, name in names) else value
 
 
 class _BlockCall:
@@ -140,17 +146,35 @@ class _BlockCall:
             self._attributes["call"] = current
 
 
-@contextmanager
-def _second_run(
-    block: nn.Module, captured: Sequence[tuple[Replayable, Any]], selective: AbstractContextManager[None]
-) -> Iterator[None]:
-    """Everything as in the first run; buffers that the block updates (running statistics) are updated on copies that are dropped."""
-    with ExitStack() as stack:
-        for state, value in captured:
-            stack.enter_context(state.replay(value))
-        stack.enter_context(_buffers_set_aside(block))
-        stack.enter_context(selective)
-        yield
+class _SecondRun:
+    """Everything as in the first run; buffers that the block updates (running statistics) are updated on copies that are dropped.
+
+    Can be entered again: a graph that is kept may be run backward twice, each time with a recomputation of its own.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        captured: Sequence[tuple[Replayable, Any]],
+        selective: AbstractContextManager[None],
+    ) -> None:
+        self._block = block
+        self._captured = captured
+        self._selective = selective
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for state, value in self._captured:
+                stack.enter_context(state.replay(value))
+            stack.enter_context(_buffers_set_aside(self._block))
+            stack.enter_context(self._selective)
+            self._stack = stack.pop_all()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
 
 @contextmanager
@@ -190,7 +214,7 @@ class Recompute:
 
     def estimate(self, table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
         """full: of each block's activations one input stays, [micro_size, L, D] elements, and the forward third of compute is done twice.
-        selective: a mix of both by the budget.
+        selective: a mix of both by the budget. The rows' own `recompute` (1: full) goes before the config where the table has it.
         """
         import numpy as np
 
@@ -198,7 +222,8 @@ class Recompute:
         input_bytes = model.num_blocks * model.sequence_length * model.hidden_size * profile.compute_element_bytes
         pipeline = table.inputs.get("pp", np.ones(len(table)))
         inputs_only = table.inputs["micro_size"] * input_bytes / pipeline
-        kept = {"none": 1.0, "selective": self.config.memory_budget, "full": 0.0}[self._mode()]
+        share = {"none": 1.0, "selective": self.config.memory_budget, "full": 0.0}[self._mode()]
+        kept = 1 - table.inputs.get("recompute", np.full(len(table), 1 - share))
         whole = table.column("activation_bytes_per_microbatch")
         activations = np.minimum(whole, inputs_only + kept * np.maximum(whole - inputs_only, 0.0))
         seconds = table.column("compute_seconds") * (1 + (1 - kept) / 3)

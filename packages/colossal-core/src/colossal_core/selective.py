@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from colossal_core._torch_private import is_view_op, packet_of
+from colossal_core._torch_private import OpOverload, TorchDispatchMode, is_view_op, packet_of
 from colossal_core.dataflow import tensors_in
 
 
@@ -118,11 +116,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator with a flop formula below autograd: where selective checkpointing will meet it again."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.counts: Counter[OpOverload] = Counter()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from colossal_core.random import install_keyed_dropout, seed_fused
+from colossal_core.keyed_dropout import install_keyed_dropout
+from colossal_core.random import seed_fused
 
 if TYPE_CHECKING:
     import torch

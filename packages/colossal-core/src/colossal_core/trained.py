@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from colossal_core.assemble import gather_full
-from colossal_core.errors import CheckpointError
+from colossal_core.errors import CheckpointError, ColossalError
 from colossal_core.layout import Placement
 from colossal_core.mesh import WORLD
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from colossal_core.checkpoint import FoundCheckpoint
+    from colossal_core.collectives import Collectives
     from colossal_core.plan import Plan
     from colossal_core.step import EvalResult, StepEngine, StepResult
     from colossal_core.strategy import RegisteredTensor, Strategy
@@ -30,11 +31,15 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+Exporter = Callable[["Trained", Path, "torch.dtype | None"], None]
+
+
 class Trained:
     """A model in training. All methods but `step` and `on_step` are collective: every rank calls them together."""
 
-    def __init__(self, engine: StepEngine, strategies: Sequence[Strategy]) -> None:
+    def __init__(self, engine: StepEngine, strategies: Sequence[Strategy], exporter: Exporter | None = None) -> None:
         self._engine = engine
+        self._exporter = exporter
         self._strategies = tuple(strategies)
         self._callbacks: list[Callable[[StepResult], None]] = []
         self._stateful: dict[str, Stateful] = {}
@@ -48,6 +53,11 @@ class Trained:
     @property
     def plan(self) -> Plan:
         return self._engine.plan
+
+    @property
+    def collectives(self) -> Collectives:
+        """The other ranks, on the plan's mesh; with colossal-comm, its `ledger` counts what was sent."""
+        return self._engine.context.collectives
 
     @property
     def step(self) -> int:
@@ -101,36 +111,49 @@ class Trained:
 
     def save(self, directory: str | Path) -> Path:
         """Writes a checkpoint of this step under `directory`; each rank writes what it owns. Returns its folder."""
-        from colossal_core.checkpoint import save
+        from colossal_core.checkpoint import capture_random_state, save
 
         context = self._engine.context
         self._engine.state.wait_published()
-        keep = self.plan.config.checkpoint.keep
-        return save(Path(directory), self.step, self._tensors(), self._metadata(), context.collectives, keep=keep)
+        return save(
+            Path(directory),
+            self.step,
+            self._tensors(),
+            self._metadata(),
+            context.collectives,
+            keep=self.plan.config.checkpoint.keep,
+            rank_metadata=capture_random_state(context.device),
+        )
 
-    def load(self, directory: str | Path) -> bool:
-        """Takes back the newest good checkpoint under `directory`, on whatever mesh it was written. False when there is none.
+    def load(self, directory: str | Path) -> FoundCheckpoint | None:
+        """Takes back the newest good checkpoint under `directory`, on whatever mesh it was written. None when there is none.
 
-        Raises: CheckpointError when it does not fit the model.
+        What is returned names its folder, its step, and the newer ones that are damaged. Raises: CheckpointError when it does not fit
+        the model, or when there are checkpoints and none is good.
         """
         from colossal_core.checkpoint import find_latest, load
 
         context = self._engine.context
         found = find_latest(Path(directory), context.collectives)
-        if found is None:
-            return False
-        metadata = load(found.path, self._tensors(), context.collectives)
-        self._restore(metadata)
-        return True
+        if found is not None:
+            self._restore(load(found.path, self._tensors(), context.collectives), found)
+        return found
 
     def export_hf(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes what transformers' `from_pretrained` loads, in the dtype of the masters unless told otherwise. Rank 0 writes.
 
         Communication: each parameter is gathered by itself; no rank holds the whole model on its device.
         """
-        from colossal_core.export import export_hf
+        if self._exporter is None:
+            raise ColossalError("export_hf: needs a model boosted by colossal_launch.Booster: pip install 'colossal-launch[hf]'")
+        self._exporter(self, Path(directory), dtype)
 
-        export_hf(self, Path(directory), dtype)
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank says yes. Communication: one all-reduce of 8 bytes over all ranks; waits for it."""
+        context = self._engine.context
+        seen = torch.tensor(float(flag), dtype=torch.float64, device=context.device)
+        context.collectives.start_all_reduce(seen, WORLD, op="max", tag="flag").wait()
+        return bool(seen.item())
 
     def verify(self, batch: Mapping[str, torch.Tensor]) -> float:
         """Compares the loss that this mesh gives for a batch share with the one that this rank alone computes for the gathered batch.
@@ -166,23 +189,20 @@ class Trained:
         return found + list(engine.context.tensors)
 
     def _metadata(self) -> dict[str, Any]:
-        from colossal_core.random import capture_random_state
-
-        collectives = self._engine.context.collectives
-        own = json.dumps(capture_random_state(self._engine.context.device)).encode()
+        """What is saved beside tensors, the same on every rank."""
         return {
             "step": self.step,
             "plan": self.plan.fingerprint,
             "config": self.plan.config.model_dump(mode="json"),
             "strategies": {strategy.name: dict(strategy.state()) for strategy in self._strategies},
             "stateful": {name: stateful.state_dict() for name, stateful in self._stateful.items()},
-            "random": [json.loads(state) for state in collectives.gather_bytes(own, WORLD, tag="random state")],
         }
 
-    def _restore(self, metadata: Mapping[str, Any]) -> None:
-        from colossal_core.random import restore_random_state
+    def _restore(self, metadata: Mapping[str, Any], found: FoundCheckpoint) -> None:
+        """Takes back everything that is not a tensor. Random state returns on the same mesh only; training itself draws by key."""
+        from colossal_core.checkpoint import restore_random_state
 
-        collectives = self._engine.context.collectives
+        context = self._engine.context
         for strategy in self._strategies:
             if strategy.name in metadata["strategies"]:
                 strategy.load(metadata["strategies"][strategy.name])
@@ -191,8 +211,9 @@ class Trained:
                 message = f"checkpoint: holds no state of {name}: it was saved by a run without it"
                 raise CheckpointError(message)
             stateful.load_state_dict(metadata["stateful"][name])
-        if len(metadata["random"]) == collectives.mesh.world_size:
-            restore_random_state(metadata["random"][collectives.rank], self._engine.context.device)
+        random = found.manifest.rank_metadata_for(context.collectives.mesh.sizes, context.collectives.rank)
+        if random is not None:
+            restore_random_state(random, context.device)
         self._engine.step = int(metadata["step"])
         self._engine.state.publish()
         self._engine.state.wait_published()

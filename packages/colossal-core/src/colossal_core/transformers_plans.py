@@ -39,7 +39,7 @@ STYLES: Mapping[str, str] = {
 """transformers' style -> ours. column, row: the weight's output or input features are cut; `_gathered`: the output is gathered whole,
 `_split_input`: the input arrives whole and is cut; packed: several weights in one. embedding_*: which dimension of the table is cut.
 sequence: computed on a part of the sequence. replicated_partial_gradient: whole, but each rank's gradient is a part of the sum.
-local: arrives already cut. sum_output: the module's outputs add up. latent_key_value: only the rotary part of the output is shared by heads.
+local: arrives already cut. sum_output: the module's outputs add up. latent_key_value: only the rotary part is shared by heads.
 expert_dimension: the leading dimension, one row an expert, is cut. experts_masked_router + experts_sum_output: every rank sees every
 token and adds up; experts_dispatch: tokens travel to their expert's rank. experts_identity: an expert that returns its input.
 """

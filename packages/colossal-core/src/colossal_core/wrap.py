@@ -19,7 +19,7 @@ from colossal_core.streams import ModelRandom
 from colossal_core.schedule import rates_from_config
 from colossal_core.step import StepEngine
 from colossal_core.strategy import ApplyContext, Phase, Strategy
-from colossal_core.trained import Trained
+from colossal_core.trained import Exporter, Trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,13 +37,14 @@ class Parts:
 
     optimizer: an instance on the model's parameters, a factory, or None (the config's). scheduler: a torch learning-rate scheduler
     of that optimizer. loss_fn: (outputs, batch) -> (sum of losses, items). values: (full name, full value) of parameters that the model
-    holds on the meta device, in any order; drawn or read one at a time.
+    holds on the meta device, in any order; drawn or read one at a time. exporter: writes a Hugging Face folder for `export_hf`.
     """
 
     optimizer: torch.optim.Optimizer | OptimizerFactory | None = None
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     loss_fn: LossFunction | None = None
     values: Values | None = None
+    exporter: Exporter | None = None
 
 
 def wrap(
@@ -85,7 +86,7 @@ def wrap(
     if parts.optimizer is not None:
         set_rates = _keep_rates
     engine = StepEngine(model, plan, context, optimizer, loss_owner, random, set_rates)
-    trained = Trained(engine, strategies)
+    trained = Trained(engine, strategies, parts.exporter)
     if parts.scheduler is not None:
         scheduler = parts.scheduler
         trained.attach("lr_scheduler", scheduler)

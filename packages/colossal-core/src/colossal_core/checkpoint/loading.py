@@ -12,7 +12,7 @@ import torch
 from colossal_core.checkpoint.agreement import all_or_none
 from colossal_core.checkpoint.dtypes import dtype_name
 from colossal_core.checkpoint.manifest import Chunk, Manifest, TensorEntry, read_manifest, title
-from colossal_core.checkpoint.read import ChunkIndex, ChunkReader, overlap_numel
+from colossal_core.checkpoint.read import ChunkIndex, ChunkReader
 from colossal_core.errors import CheckpointError
 from colossal_core.layout import Piece
 
@@ -124,13 +124,14 @@ def _read_into(
     coordinate: Mapping[str, int],
     mesh: MeshLayout,
 ) -> None:
-    by_chunk: dict[tuple[int, int], list[_Want]] = {}
+    by_chunk: dict[tuple[int, int, str, tuple[int, ...]], list[_Want]] = {}
     for tensor in tensors:
         entry = manifest.by_name.get((tensor.kind, tensor.full_name))
         if entry is None:
             continue
-        for want in _wants(path, entry, tensor, tensor.placement.pieces(coordinate, mesh)):
-            by_chunk.setdefault((want.chunk.file, want.chunk.offset), []).append(want)
+        for want in _wants(entry, tensor, tensor.placement.pieces(coordinate, mesh)):
+            key = (want.chunk.file, want.chunk.offset, entry.title, want.chunk.starts)
+            by_chunk.setdefault(key, []).append(want)
     with ChunkReader(path, manifest) as reader:
         for key in sorted(by_chunk):
             first = by_chunk[key][0]
@@ -139,18 +140,13 @@ def _read_into(
                 copy_overlap(elements, want.chunk, want.local, want.piece)
 
 
-def _wants(path: Path, entry: TensorEntry, tensor: RegisteredTensor, pieces: tuple[Piece, ...]) -> list[_Want]:
+def _wants(entry: TensorEntry, tensor: RegisteredTensor, pieces: tuple[Piece, ...]) -> list[_Want]:
     index = ChunkIndex(entry)
-    found = []
-    for piece in pieces:
-        stops = tuple(start + size for start, size in zip(piece.starts, piece.sizes, strict=True))
-        held = 0
-        for chunk in index.overlapping(piece.starts, piece.sizes):
-            held += overlap_numel(chunk, piece.starts, stops)
-            found.append(_Want(entry, chunk, tensor.local, piece))
-        if held != piece.numel:
-            raise CheckpointError(f"checkpoint {path.name}: the chunks of {entry.title} overlap or leave gaps")
-    return found
+    return [
+        _Want(entry, chunk, tensor.local, piece)
+        for piece in pieces
+        for chunk in index.overlapping(piece.starts, piece.sizes)
+    ]
 
 
 def copy_overlap(elements: torch.Tensor, chunk: Chunk, local: torch.Tensor, piece: Piece) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
-import math
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -117,11 +116,10 @@ class ChunkIndex:
         first = bisect.bisect_right(self._reach, starts[:1])
         last = bisect.bisect_left(self._starts, stops[:1])
         for chunk in self._chunks[first:last]:
-            if overlap_numel(chunk, starts, stops):
+            if _meets(chunk, starts, stops):
                 yield chunk
 
 
-def overlap_numel(chunk: Chunk, starts: tuple[int, ...], stops: tuple[int, ...]) -> int:
-    """How many elements of the box [starts, stops) the chunk holds."""
+def _meets(chunk: Chunk, starts: tuple[int, ...], stops: tuple[int, ...]) -> bool:
     bounds = zip(chunk.starts, chunk.stops, starts, stops, strict=True)
-    return math.prod(max(0, min(high, stop) - max(low, start)) for low, high, start, stop in bounds)
+    return all(low < stop and start < high for low, high, start, stop in bounds)

@@ -109,8 +109,8 @@ def _check_reports(reports: list[Any], directory: Path, failure: str) -> None:
     free = reports[0]["free_bytes"]  # measured after the first rank has removed leftovers
     if free < _SPACE_FACTOR * total:
         raise CheckpointError(
-            f"{failure}: no space left: need {_megabytes(_SPACE_FACTOR * total)} ({_SPACE_FACTOR} times the data), "
-            f"have {_megabytes(free)}: free some space or set checkpoint.directory to another disk{_CONSEQUENCE}"
+            f"{failure}: no space left: need {_size_text(_SPACE_FACTOR * total)} ({_SPACE_FACTOR} times the data), "
+            f"have {_size_text(free)}: free some space or set checkpoint.directory to another disk{_CONSEQUENCE}"
         )
 
 
@@ -119,8 +119,8 @@ def _free_bytes(directory: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"
+def _size_text(num_bytes: float) -> str:
+    return f"{num_bytes:.0f} bytes" if num_bytes < 1e5 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _merge(empty: Manifest, tables: list[RankTable]) -> Manifest:

@@ -1,7 +1,7 @@
 """Reads a manifest's content as untrusted input: every field has its type and its bounds, and nothing else is there.
 
-After this, a chunk is a range inside a plainly named file, a box inside its tensor, and the chunks of a tensor hold as many elements
-as the tensor. Whether the file on disk is that large is looked at when it is opened.
+After this, a chunk is a range inside a plainly named file, a box inside its tensor, and the chunks of a tensor hold each of its
+elements once. Whether the file on disk is that large is looked at when it is opened.
 """
 
 from __future__ import annotations
@@ -75,7 +75,31 @@ def _tensor(found: object, field: str, files: tuple[FileEntry, ...]) -> TensorEn
     held = sum(chunk.numel for chunk in chunks)
     if held != math.prod(shape):
         raise _fault(field, f"{title(kind, full_name)}: the chunks hold {held} of {math.prod(shape)} elements")
+    if not _disjoint(chunks):
+        raise _fault(field, f"{title(kind, full_name)}: two chunks hold the same elements")
     return TensorEntry(kind, full_name, dtype, shape, chunks)
+
+
+def _disjoint(chunks: tuple[Chunk, ...]) -> bool:
+    """Whether no two boxes meet: a sweep along the dimension with most starts, in which the fewest boxes lie side by side."""
+    if len(chunks) < 2:
+        return True
+    num_dims = len(chunks[0].starts)
+    if num_dims == 0:
+        return False
+    dim = max(range(num_dims), key=lambda dim: len({chunk.starts[dim] for chunk in chunks}))
+    beside: list[Chunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.starts[dim]):
+        beside = [other for other in beside if other.stops[dim] > chunk.starts[dim]]
+        if any(_meet(chunk, other) for other in beside):
+            return False
+        beside.append(chunk)
+    return True
+
+
+def _meet(one: Chunk, other: Chunk) -> bool:
+    bounds = zip(one.starts, one.stops, other.starts, other.stops, strict=True)
+    return all(low < stop and start < high for low, high, start, stop in bounds)
 
 
 def _chunk(found: object, field: str, tensor: TensorEntry, files: tuple[FileEntry, ...]) -> Chunk:

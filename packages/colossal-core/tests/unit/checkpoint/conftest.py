@@ -77,7 +77,11 @@ class Item:
 
 def _placement(shape: tuple[int, ...], cut: str, mesh: MeshLayout) -> Placement:
     """whole; flat over shard; dim 0 (`row`) or the last (`column`) over tp, uneven and padded; `packed`: two halves of dim 0 over tp."""
-    others = {"whole": BASE_AXES, "flat": ("pp", "dp_replicate", "tp"), "column": ("pp", "dp_replicate", "dp_shard", "cp")}
+    others = {
+        "whole": BASE_AXES,
+        "flat": ("pp", "dp_replicate", "tp"),
+        "column": ("pp", "dp_replicate", "dp_shard", "cp"),
+    }
     replicated = others.get(cut, ("pp", "dp_replicate"))
     if cut == "whole":
         return Placement(shape, replicated=replicated)
@@ -135,7 +139,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 def items() -> list[Item]:
     """Every way of cutting in every dtype, and tensors without dimensions or without elements."""
     torch.manual_seed(0)
-    found = []
+    found: list[Item] = []
     for cut, dtype in itertools.product(("whole", "flat", "row", "column", "packed"), DTYPES):
         full = (torch.rand(6, 3, 5) * 200).to(dtype)
         found.append(Item(f"test.{cut}", f"layers.{len(found)}.weight", full, cut))

@@ -34,7 +34,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path, items: Any, lay: Any, 
     return tmp_path / "step-00000042"
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4, 1, 1), (1, 1, 2, 1, 1), (1, 1, 3, 1, 1), (1, 1, 1, 1, 1), (1, 1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 4, 1, 1), (1, 1, 2, 1, 1), (1, 1, 3, 1, 1), (1, 1, 1, 1, 1), (1, 1, 2, 2, 2)], ids=str
+)
 def test_every_tensor_comes_back_on_every_mesh(
     saved: Path, sizes: tuple[int, int, int, int, int], items: Any, lay: Any, run_ranks: RunRanks
 ) -> None:
@@ -60,7 +62,9 @@ def test_whole_tensors_are_read_and_the_files_are_safetensors(saved: Path, items
                     key = tensor.chunk_title(chunk)
                     keys.remove(key)
                     box = tuple(slice(start, stop) for start, stop in zip(chunk.starts, chunk.stops, strict=True))
-                    assert same_bits(opened.get_tensor(key), read_full(saved, tensor.kind, tensor.full_name)[box].clone())
+                    assert same_bits(
+                        opened.get_tensor(key), read_full(saved, tensor.kind, tensor.full_name)[box].clone()
+                    )
             assert not keys
 
 
@@ -82,7 +86,7 @@ def test_large_pieces_are_split_into_chunks_and_files(
     path = run_ranks(mesh, lambda ranks: save(tmp_path, 1, lay(items, ranks), {}, ranks, keep=1))[0]
     manifest = read_manifest(path)
     assert "rank-00000.safetensors" in {file.name for file in manifest.files}
-    assert "rank-00003-2.safetensors" in {file.name for file in manifest.files}
+    assert "rank-00000-2.safetensors" in {file.name for file in manifest.files}
     assert max(file.num_bytes - file.header_bytes for file in manifest.files) <= 1000
     assert max(tensor.chunk_bytes(chunk) for tensor in manifest.tensors for chunk in tensor.chunks) <= 32
     for item in items:
@@ -146,7 +150,8 @@ def test_what_a_rank_keeps_for_itself_comes_back_on_the_same_mesh_only(
 ) -> None:
     mesh = MeshLayout((1, 1, 2, 1, 1))
     path = run_ranks(
-        mesh, lambda ranks: save(tmp_path, 1, lay(state_of(1), ranks), {}, ranks, keep=1, rank_metadata={"rank": ranks.rank})
+        mesh,
+        lambda ranks: save(tmp_path, 1, lay(state_of(1), ranks), {}, ranks, keep=1, rank_metadata={"rank": ranks.rank}),
     )[0]
     manifest = read_manifest(path)
     assert [manifest.rank_metadata_for(mesh.sizes, rank) for rank in range(2)] == [{"rank": 0}, {"rank": 1}]

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
+from torch.utils.data import IterableDataset, default_collate
 
 from colossal_core.errors import ConfigError, Problem
 from colossal_launch.data.permutation import permute
 
 
-@runtime_checkable
 class MapDataset(Protocol):
     """A data set by index."""
 
@@ -77,7 +77,7 @@ class DistributedLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         prefetch: bool = True,
     ) -> None:
-        if not isinstance(dataset, MapDataset):
+        if isinstance(dataset, IterableDataset) or not callable(getattr(dataset, "__getitem__", None)):
             reason = "needs __len__ and __getitem__: a stream cannot be read from the same place on another mesh"
             raise ConfigError([Problem("dataset", reason, "hand over a data set by index", type(dataset).__name__)])
         self._length = len(dataset)
@@ -88,7 +88,7 @@ class DistributedLoader:
         self.num_steps = num_steps
         self._seed = seed
         self._shuffle = shuffle
-        self._collate = collate_fn or _default_collate
+        self._collate = collate_fn or default_collate
         self._prefetch = prefetch
         self._next_sample = 0
         self._position: BatchPosition | None = None
@@ -184,12 +184,6 @@ class DistributedLoader:
             raise ConfigError(problems)
         self._next_sample = int(state["next_sample"])
         self._position = None
-
-
-def _default_collate(samples: list[Any]) -> Any:
-    from torch.utils.data import default_collate
-
-    return default_collate(samples)
 
 
 def validation_steps(num_samples: int, global_size: int, num_batches: int) -> int:

@@ -90,7 +90,9 @@ def open_text(config: DataConfig, folder: Path) -> PreparedText:
     known = _read_manifest(folder, _fingerprint(config, source, held_out))
     if known is None:
         reason = f"{folder} holds no tokens for it: the text changed while workers started, or this host does not see the run's folder"
-        raise ConfigError([Problem("data.source", reason, "start again with a folder that every host sees", config.source)])
+        raise ConfigError(
+            [Problem("data.source", reason, "start again with a folder that every host sees", config.source)]
+        )
     return known
 
 
@@ -117,13 +119,15 @@ def _write(config: DataConfig, source: Source, held_out: Source | None, fingerpr
         tokenizer = ByteTokenizer()
     else:
         if config.tokenizer == "bpe":
-            trained = train_bpe((document.text for document in _documents(source, held_out, "train")), config.vocab_size)
+            trained = train_bpe(
+                (document.text for document in _documents(source, held_out, "train")), config.vocab_size
+            )
         else:
             trained = load_tokenizer(config.tokenizer)
         trained.save(folder / "tokenizer.json")
         # Read back: the tokens then depend on the file alone, whoever encodes with it later.
         tokenizer = _reopened(trained, folder)
-    counts = {
+    counts: dict[str, object] = {
         split: asdict(
             write_tokens(
                 folder / f"{split}.tokens",
@@ -134,7 +138,7 @@ def _write(config: DataConfig, source: Source, held_out: Source | None, fingerpr
         )
         for split in _SPLITS
     }
-    manifest = {
+    manifest: dict[str, object] = {
         "fingerprint": fingerprint,
         "description": source.description,
         "vocab_size": tokenizer.vocab_size,
@@ -179,7 +183,11 @@ def _check_enough(text: PreparedText, config: DataConfig) -> None:
     for split, field, value in parts:
         count = text.train_count if split == "train" else text.validation_count
         if count.num_bytes == 0:
-            what = "there is no text in it" if split == "train" or value else "the source is too short to hold any text out"
+            what = (
+                "there is no text in it"
+                if split == "train" or value
+                else "the source is too short to hold any text out"
+            )
             remedy = "name a source with text" if split == "train" else "name held-out text of your own"
             problems.append(Problem(field, what, remedy, value))
         elif len(text.dataset("train" if split == "train" else "validation", config)) == 0:

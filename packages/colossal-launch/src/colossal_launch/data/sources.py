@@ -101,7 +101,9 @@ class RowSource:
                 index += 1
 
     def fingerprint(self) -> str:
-        return _digest([self.text_field, *((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths)])
+        return _digest(
+            [self.text_field, *((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths)]
+        )
 
 
 def standard_library() -> FileSource:

@@ -33,7 +33,9 @@ def _jsonl_rows(path: Path, text_field: str) -> Iterator[str]:
             if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
                 found = sorted(row) if isinstance(row, dict) else [type(row).__name__]
                 reason = f"line {number} of {path} has no such text field; it has {', '.join(found) or 'none'}"
-                raise ConfigError([Problem("data.text_field", reason, "name the field that holds the text", text_field)])
+                raise ConfigError(
+                    [Problem("data.text_field", reason, "name the field that holds the text", text_field)]
+                )
             yield row[text_field]
 
 
@@ -46,7 +48,9 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         reason = f"not a parquet file ({str(error).splitlines()[0]})"
-        raise ConfigError([Problem("data.source", reason, "name .parquet files that pyarrow can read", str(path))]) from None
+        raise ConfigError(
+            [Problem("data.source", reason, "name .parquet files that pyarrow can read", str(path))]
+        ) from None
     if text_field not in table.schema_arrow.names:
         reason = f"{path} has no such column; it has {', '.join(table.schema_arrow.names)}"
         raise ConfigError([Problem("data.text_field", reason, "name the column that holds the text", text_field)])

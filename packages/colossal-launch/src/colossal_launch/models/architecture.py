@@ -13,7 +13,16 @@ from torch import nn
 
 from colossal_core.errors import ConfigError, Problem
 
-_ALWAYS_KNOWN = frozenset({"attn_implementation", "experts_implementation", "tie_word_embeddings", "is_decoder", "pad_token_id"})
+_ALWAYS_KNOWN = frozenset(
+    {
+        "attn_implementation",
+        "experts_implementation",
+        "tie_word_embeddings",
+        "is_decoder",
+        "decoder_start_token_id",
+        "pad_token_id",
+    }
+)
 _OLDER_NAMES = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
 """Keys of older configs that transformers still turns into newer ones, by the newer one."""
 
@@ -38,7 +47,9 @@ def config_class(architecture: str) -> Any:
     names = list(CONFIG_MAPPING.keys())
     if architecture not in names:
         close = difflib.get_close_matches(architecture, names, n=3, cutoff=0.5)
-        remedy = f"did you mean {' or '.join(close)}?" if close else "give a model type of transformers (llama, gpt2, qwen3)"
+        remedy = (
+            f"did you mean {' or '.join(close)}?" if close else "give a model type of transformers (llama, gpt2, qwen3)"
+        )
         reason = f"the installed transformers has no such architecture (it has {len(names)})"
         raise ConfigError([Problem("model.architecture", reason, remedy, architecture)])
     return CONFIG_MAPPING[architecture]
@@ -70,6 +81,8 @@ def make_config(architecture: str, keys: Mapping[str, Any], *, vocab_size: int |
             config = config_type(**chosen)
     except Exception as error:
         raise ConfigError([_refused(error, chosen)]) from None
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id or 0  # T5's own convention, kept in its checkpoints only
     problems = _size_problems(config, keys, vocab_size)
     if problems:
         raise ConfigError(problems)
@@ -95,7 +108,7 @@ def _from_tokenizer(
     found: dict[str, Any] = {}
     if vocab_size is not None and "vocab_size" in known:
         found["vocab_size"] = vocab_size
-        if "decoder_start_token_id" not in known:
+        if not getattr(config_type, "is_encoder_decoder", False):
             found["pad_token_id"] = None
     if eos_id is not None:
         found.update({key: eos_id for key in ("bos_token_id", "eos_token_id") if key in known})
@@ -155,8 +168,9 @@ def training_class(config: Any) -> type[nn.Module]:
         order = [masked, causal, sequence_to_sequence, images]
     for mapping in order:
         if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, list | tuple) else found  # type: ignore[no-any-return]
+            found: Any = mapping[type(config)]
+            cls: type[nn.Module] = found[0] if isinstance(found, tuple) else found
+            return cls
     reason = "transformers has no language model and no image classifier of this architecture"
     remedy = "name a model of your own by model.factory"
     raise ConfigError([Problem("model.architecture", reason, remedy, config.model_type)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossal_core.errors import ConfigError, Problem
+from colossal_launch._torch_private import storage_key, written_storages
 from colossal_launch.models.weights import WholeModel, alias_table, unit_of
 
 
@@ -108,7 +109,11 @@ class InitialWeights:
         assert reset is not None, name
         prefix = f"{name}." if name else ""
         own = _own_tensors(module, recurse=False)
-        kept = {key: tensor.clone() for key, tensor in own.items() if self.recipe.writers.get(prefix + key, ()) not in ((), (name,))}
+        kept = {
+            key: tensor.clone()
+            for key, tensor in own.items()
+            if self.recipe.writers.get(prefix + key, ()) not in ((), (name,))
+        }
         with keyed_random(self._seed, name, self._device):
             reset()
         for key, value in kept.items():
@@ -146,7 +151,7 @@ class InitialWeights:
                 for name in _post_order(module):
                     apply = _hugging_face_recipe(module, name)
                     if apply is not None:
-                        for written in _written_by(lambda a=apply, n=name: a(module.get_submodule(n)), tensors):
+                        for written in _written_by(functools.partial(apply, module.get_submodule(name)), tensors):
                             writers.setdefault(written, []).append(name)
                 resets = self._find_resets(module, tensors, writers)
         except Exception as error:  # a recipe that reads values cannot run here
@@ -215,28 +220,9 @@ def _post_order(module: nn.Module, prefix: str = "") -> Iterator[str]:
     yield prefix.removesuffix(".")
 
 
-class _Writes(TorchDispatchMode):
-    """Records the storages that operations write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in value if isinstance(value, list | tuple) else [value]:
-                    if isinstance(tensor, torch.Tensor):
-                        self.storages.add(tensor.untyped_storage()._cdata)
-        return func(*args, **kwargs)
-
-
 def _written_by(action: Callable[[], object], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    with _Writes() as writes:
-        action()
-    return [name for name, tensor in tensors.items() if tensor.untyped_storage()._cdata in writes.storages]
+    written = written_storages(action)
+    return [name for name, tensor in tensors.items() if storage_key(tensor) in written]
 
 
 def _own_tensors(module: nn.Module, *, recurse: bool) -> dict[str, torch.Tensor]:
@@ -254,9 +240,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return _copied(model, lambda name, tensor: tensor, "", {})
 
 
-def _materialise(
-    skeleton: nn.Module, names: Collection[str], device: torch.device
-) -> nn.Module:
+def _materialise(skeleton: nn.Module, names: Collection[str], device: torch.device) -> nn.Module:
     """A copy whose tensors in `names` are memory on `device`; other parameters are on the meta device, real buffers are copied.
 
     An alias of a tied parameter stays a meta tensor of its own: what its module writes is lost, as it is when transformers ties

@@ -30,7 +30,11 @@ class Constructed:
 
     def named(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The values by full name: 0-d where one number fills the parameter."""
-        return {name: self.values[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in self.values}
+        return {
+            name: self.values[id(parameter)]
+            for name, parameter in model.named_parameters()
+            if id(parameter) in self.values
+        }
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -64,7 +68,8 @@ def parameters_on_meta() -> Iterator[Constructed]:
             constructed.kept.append(on_meta)
         return on_meta
 
-    hook = register_module_parameter_registration_hook(on_registration)
+    # torch's annotation says that the hook returns nothing; what it returns is registered instead (torch 2.11 to 2.13).
+    hook = register_module_parameter_registration_hook(on_registration)  # type: ignore[arg-type]
     try:
         with _EmptyOnMeta():
             yield constructed

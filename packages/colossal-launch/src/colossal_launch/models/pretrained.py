@@ -39,10 +39,10 @@ class PretrainedWeights:
 
         def load() -> nn.Module:
             with quiet_transformers():
-                loaded = cls.from_pretrained(  # type: ignore[attr-defined]
+                loaded: nn.Module = cls.from_pretrained(  # type: ignore[attr-defined]
                     str(folder), local_files_only=True, dtype=torch.float32, device_map=None
                 )
-            return loaded  # type: ignore[no-any-return]
+            return loaded.eval()
 
         self._whole = WholeModel(load, (*self._buffers, *missing_buffers), [])
 
@@ -67,7 +67,9 @@ class PretrainedWeights:
             with safe_open(str(path), framework="pt", device="cpu") as reader:
                 value: torch.Tensor = reader.get_tensor(stored)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"model.pretrained: {path} cannot be read ({error}): copy the folder again") from error
+            raise CheckpointError(
+                f"model.pretrained: {path} cannot be read ({error}): copy the folder again"
+            ) from error
         wanted = self._shapes.get(full_name, self._buffers.get(full_name))
         if tuple(value.shape) != wanted:
             raise CheckpointError(

@@ -1,0 +1,132 @@
+"""`verify`: a model's training on several ranks compared with one process, variant by variant. Behind `colossal verify`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from colossal_core.testing.comparison import Row, compare, table
+from colossal_core.testing.parity import RunRecord, RunSpec, oracle_of, record_run
+from colossal_core.testing.pool import RankError, WorkerPool
+
+if TYPE_CHECKING:
+    from colossal_core.collectives import Collectives
+
+SGD: Mapping[str, Any] = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_grad_norm": 0.1}
+ADAMW: Mapping[str, Any] = {"name": "adamw", "lr": 0.001, "weight_decay": 0.1, "max_grad_norm": 0.1}
+"""Optimizers of the variants. The norm's limit is small, so that clipping happens."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One comparison. name: as the report prints it. overrides: config values by dotted path, on top of the run's own."""
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What one variant gave. error: what made it fail to run at all (only under a planted fault), else ""."""
+
+    variant: Variant
+    rows: tuple[Row, ...]
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and all(row.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All variants of one verification."""
+
+    world_size: int
+    results: tuple[VariantResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.results)
+
+    @property
+    def worst(self) -> float:
+        """The largest difference of all."""
+        return max((row.difference for result in self.results for row in result.rows), default=0.0)
+
+    def describe(self) -> str:
+        """One table for each variant, and a last line with the verdict."""
+        parts = []
+        for result in self.results:
+            head = f"{result.variant.name}: {'same' if result.passed else 'DIFFERENT'}"
+            parts.append(f"{head}\n{result.error or table(result.rows)}")
+        different = [result.variant.name for result in self.results if not result.passed]
+        compared = f"{self.world_size} ranks against one process, {len(self.results)} variants"
+        verdict = f"different in {'; '.join(different)}" if different else f"the same, worst difference {self.worst:.1e}"
+        return "\n\n".join([*parts, f"{compared}: {verdict}"])
+
+
+def default_variants(world_size: int) -> tuple[Variant, ...]:
+    """Stages 0 and 1 with AdamW and with SGD, two microbatches a rank; hybrid sharding where the ranks divide by two; one microbatch.
+
+    Every rank has two sequences a step.
+    """
+    batch = {"batch": {"global_size": 2 * world_size, "micro_size": 1}}
+    variants = [
+        Variant(f"stage {stage}, {name}, 2 microbatches", {**batch, "parallel.zero": {"stage": stage}, "optimizer": dict(optimizer)})
+        for stage in (0, 1)
+        for name, optimizer in (("AdamW", ADAMW), ("SGD", SGD))
+    ]
+    whole = {"batch": {"global_size": 2 * world_size, "micro_size": 2}}
+    variants.append(Variant("stage 1, AdamW, 1 microbatch", {**whole, "parallel.zero": {"stage": 1}, "optimizer": dict(ADAMW)}))
+    if world_size % 2 == 0 and world_size > 2:
+        hybrid = {"stage": 1, "replicate": 2}
+        name = "stage 1 in 2 copies, AdamW, 2 microbatches"
+        variants.append(Variant(name, {**batch, "parallel.zero": hybrid, "optimizer": dict(ADAMW)}))
+    return tuple(variants)
+
+
+def verify(spec: RunSpec, world_size: int, variants: Sequence[Variant], pool: WorkerPool) -> VerifyReport:
+    """Runs every variant of `spec` in float64 on `world_size` ranks and compares every rank with the oracle.
+
+    Variants that differ only in `parallel`, `recompute` and `compile` share one oracle run.
+
+    Raises: ConfigError where a variant cannot be planned; RankError where a rank fails, unless a fault is planted, for then failing is
+    one way of being seen.
+    """
+    oracles: dict[str, RunRecord] = {}
+    results = []
+    for variant in variants:
+        ours = spec.with_overrides({"precision": "fp64", **variant.overrides})
+        key = _oracle_key(ours)
+        if key not in oracles:
+            oracles[key] = pool.run(1, _record, oracle_of(ours))[0]
+        try:
+            records = pool.run(world_size, _record, ours)
+        except RankError as error:
+            if spec.mutant is None:
+                raise
+            results.append(VariantResult(variant, (), str(error)))
+            continue
+        results.append(VariantResult(variant, compare(records, oracles[key])))
+    return VerifyReport(world_size, tuple(results))
+
+
+def _record(collectives: Collectives, spec: RunSpec) -> RunRecord:
+    return record_run(spec, collectives)
+
+
+def _oracle_key(spec: RunSpec) -> str:
+    kept = {name: value for name, value in oracle_of(spec).config.items() if name not in ("parallel", "recompute", "compile")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def with_mutant(spec: RunSpec, name: str | None) -> RunSpec:
+    """The run with a fault planted on its ranks; the oracle stays as it is. Raises: ConfigError for an unknown name."""
+    if name is not None:
+        from colossal_core.testing.mutants import plant
+
+        plant(name)
+    return replace(spec, mutant=name)

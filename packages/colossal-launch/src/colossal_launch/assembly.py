@@ -1,0 +1,84 @@
+"""From a config and a model to a plan, and from a plan to a model in training. Used by Booster and by every verb alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossal_core.config import TrainConfig, parse_config
+from colossal_core.optimizers import optimizer_problems
+from colossal_core.plugins import Plugins, discover
+
+if TYPE_CHECKING:
+    import torch
+    from colossal_core.anatomy import ModelAnatomy
+    from colossal_core.errors import Problem
+    from colossal_core.ops import OpTable
+    from colossal_core.plan import Plan
+    from colossal_core.strategy import Strategy
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A config, and the plugins that were found for it."""
+
+    config: TrainConfig
+    plugins: Plugins
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A plan, and everything that `colossal_core.wrap` needs to carry it out."""
+
+    plan: Plan
+    anatomy: ModelAnatomy
+    strategies: tuple[Strategy, ...]
+    ops: OpTable
+
+
+def read_setup(source: str | Path | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Setup:
+    """Discovers plugins and reads the config with their sections. Raises PluginError or ConfigError with every problem."""
+    from colossal_launch.config_file import apply_overrides, read_config_file
+
+    plugins = discover()
+    if isinstance(source, TrainConfig):
+        return Setup(source, plugins)
+    data = source if isinstance(source, Mapping) else read_config_file(source)
+    return Setup(parse_config(apply_overrides(data, overrides), plugins.config_class()), plugins)
+
+
+def assemble(
+    setup: Setup,
+    model: nn.Module,
+    *,
+    world_size: int,
+    device_type: str,
+    own_optimizer: bool = False,
+    example_batch: Mapping[str, torch.Tensor] | None = None,
+    known_problems: Sequence[Problem] = (),
+) -> Assembly:
+    """The plan of a model (its parameters may be on the meta device). No process group, no GPU.
+
+    own_optimizer: the user hands one to `boost`, so that the `optimizer` section is not its recipe.
+
+    Raises: ConfigError with every problem of every strategy.
+    """
+    from colossal_core.examine import examine
+    from colossal_core.ops import build_op_table
+    from colossal_core.plan import make_plan
+    from colossal_core.precision import precision
+
+    config = setup.config
+    problems = list(known_problems)
+    if not own_optimizer:
+        problems += optimizer_problems(config, setup.plugins.optimizers())
+    anatomy = examine(model, example_batch)
+    dtype = str(precision(config.precision).compute).removeprefix("torch.")
+    ops = build_op_table(setup.plugins.ops(), device_type, dtype)
+    strategies = setup.plugins.active(config)
+    sizes = setup.plugins.axis_sizes(config)
+    plan = make_plan(config, anatomy, strategies, sizes, ops, world_size=world_size, known_problems=problems)
+    return Assembly(plan, anatomy, strategies, ops)

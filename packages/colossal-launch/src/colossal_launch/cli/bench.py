@@ -1,0 +1,81 @@
+"""`colossal bench`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colossal_launch.cli.options import Debug, Processes
+
+application = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+
+
+@application.callback()
+def bench() -> None:
+    """Measures this machine."""
+
+
+@application.command("comm")
+def comm(
+    processes: Processes = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_bytes: Annotated[int, typer.Option(min=1024, help="Largest message, in bytes.")] = 1 << 24,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+    debug: Debug = False,
+) -> int:
+    """Times every collective between local ranks: latency, algorithm and bus bandwidth, with the formula of each.
+
+    Examples:
+
+        colossal bench comm --processes 2
+
+        colossal bench comm --processes 4 --device cuda --max-bytes 268435456 --json comm.json
+    """
+    from colossal_comm.environment import read_environment
+
+    from colossal_launch.cli.train import local_processes
+    from colossal_launch.run.agent import Entry, run_workers
+
+    if read_environment().world_size > 1:
+        measure(device, max_bytes, json_file)
+        return 0
+    arguments = ("-m", "colossal_launch.cli.bench", device, str(max_bytes), str(json_file or ""))
+    count = max(local_processes(processes, None, device), 2)
+    return run_workers(Entry(arguments), count, port=0, timeout=timedelta(minutes=3), debug=debug)
+
+
+def measure(device: str, max_bytes: int, json_file: Path | None) -> None:
+    """One rank of the measurement. Rank 0 prints the table."""
+    from colossal_comm.bench import bench_collectives, format_rows, rows_to_json
+    from colossal_core.mesh import MeshLayout
+
+    from colossal_launch import session
+
+    ranks = session.launch(device)
+    collectives = session.collectives_for(MeshLayout((1, 1, ranks.world_size, 1, 1)), ranks.device)
+    sizes = [size for size in (1 << power for power in range(10, 40, 2)) if size <= max_bytes]
+    rows = bench_collectives(collectives, sizes)
+    if ranks.rank == 0:
+        print(format_rows(rows))
+        if json_file is not None:
+            json_file.write_text(rows_to_json(rows), encoding="utf-8")
+    session.finish()
+
+
+def main() -> None:
+    import sys
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    @record
+    def run() -> None:
+        measure(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]) if sys.argv[3] else None)
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

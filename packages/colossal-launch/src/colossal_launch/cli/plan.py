@@ -1,0 +1,126 @@
+"""`colossal plan CONFIG`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from colossal_launch.cli.options import Config, Debug, Overrides
+
+if TYPE_CHECKING:
+    from colossal_launch.assembly import Assembly, Setup
+    from colossal_launch.models.building import BuiltModel
+
+SAMPLE_VOCABULARY = 4096
+
+
+def plan(
+    config: Config,
+    world_size: Annotated[int, typer.Option("--world-size", "-w", min=1, help="Number of ranks to plan for.")] = 1,
+    overrides: Overrides = None,
+    layouts: Annotated[bool, typer.Option(help="Print the layout of every parameter.")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of the config instead.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Prints what would be done, without a GPU and without a process group: mesh, order, layouts, memory.
+
+    Examples:
+
+        colossal plan run.yaml --world-size 64
+
+        colossal plan run.yaml --world-size 8 --set parallel.zero.stage=1 --layouts
+
+        colossal plan run.yaml --schema > colossal.schema.json
+    """
+    del debug
+    from colossal_core.config import json_schema
+
+    from colossal_launch.assembly import assemble, read_setup
+
+    if schema:
+        from colossal_core.plugins import discover
+
+        print(json.dumps(json_schema(discover().config_class()), indent=2))
+        return 0
+    setup = read_setup(config, overrides or [])
+    built = model_without_text(setup)
+    assembly = assemble(setup, built.module, world_size=world_size, device_type=_device_type(setup))
+    print(assembly.plan.describe())
+    for line in memory_lines(assembly):
+        print(line)
+    if layouts:
+        for layout in assembly.plan.layouts.values():
+            print(f"  {layout.full_name} {list(layout.shape)} compute {layout.compute.cut_axes} state {layout.state.cut_axes}")
+    return 0
+
+
+def model_without_text(setup: Setup) -> BuiltModel:
+    """The config's model; where its vocabulary is the tokenizer's, the configured size stands in for the trained one."""
+    from colossal_launch.models.building import build_model
+    from colossal_launch.run.job import sections_of
+
+    model, data = sections_of(setup.config)
+    size = 257 if data.tokenizer == "bytes" else data.vocab_size
+    return build_model(model, vocab_size=size, seed=setup.config.train.seed)
+
+
+def _device_type(setup: Setup) -> str:
+    from colossal_launch.session import choose_device
+
+    return choose_device(setup.config.train.device, 0).type
+
+
+def memory_lines(assembly: Assembly) -> list[str]:
+    """Bytes of each kind of state on the fullest rank, by the strategies' closed forms."""
+    found = estimate(assembly)
+    names = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
+    parts = [f"{name.removesuffix('_bytes')} {_bytes(float(found.column(name)[0]))}" for name in names]
+    sent = [f"{axis} {_bytes(float(found.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate")]
+    return [f"memory      {', '.join(parts)} a rank, without activations", f"sent        {', '.join(sent)} a rank and step"]
+
+
+def estimate(assembly: Assembly) -> Any:
+    """The estimate table of one plan: one row."""
+    import numpy as np
+    from colossal_core.estimate import EstimateTable, HardwareProfile, ModelSize
+    from colossal_core.precision import precision
+
+    plan, anatomy = assembly.plan, assembly.anatomy
+    chosen = precision(plan.config.precision)
+    trained = sum(layout.numel for layout in plan.layouts.values() if layout.trainable)
+    blocks = [sum(f.shape[0] * max(1, _rest(f.shape)) for f in anatomy.parameters if f.block == block) for block in anatomy.blocks]
+    size = ModelSize(
+        num_parameters=sum(layout.numel for layout in plan.layouts.values()),
+        num_trainable=trained,
+        num_blocks=len(blocks),
+        block_parameters=max(blocks, default=0),
+        hidden_size=anatomy.hidden_size or 0,
+        sequence_length=plan.config.data.sequence_length if plan.config.data is not None else 0,
+        vocab_size=anatomy.vocab_size or 0,
+        num_heads=anatomy.num_heads or 0,
+    )
+    profile = HardwareProfile("any", np.inf, np.inf, np.inf, np.inf, 0.0, chosen.compute.itemsize, chosen.master.itemsize)
+    stage = getattr(getattr(plan.config.section("parallel"), "zero", None), "stage", 0)
+    inputs = {axis: np.array([float(plan.mesh.size(axis))]) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    inputs |= {"zero_stage": np.array([float(stage)]), "micro_size": np.array([float(plan.batch.micro_size)])}
+    inputs |= {"num_microbatches": np.array([float(plan.batch.num_microbatches)]), "recompute": np.zeros(1)}
+    table = EstimateTable(size, inputs)
+    for strategy in assembly.strategies:
+        table = strategy.estimate(table, profile)
+    return table
+
+
+def _rest(shape: tuple[int, ...]) -> int:
+    import math
+
+    return math.prod(shape[1:])
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

@@ -1,0 +1,36 @@
+"""`colossal run SCRIPT`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from colossal_core.errors import ConfigError, Problem
+
+from colossal_launch.cli.options import Debug, Processes
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script that calls `colossal_launch.launch()`.", show_default=False)],
+    processes: Processes = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the workers' store on 127.0.0.1; 0 takes a free one.")] = 0,
+    debug: Debug = False,
+) -> int:
+    """Runs your own training script on local workers; what follows the script's name is handed to it.
+
+    Examples:
+
+        colossal run my_training.py --processes 2
+
+        colossal run my_training.py --lr 1e-3
+    """
+    from colossal_launch.cli.train import local_processes
+    from colossal_launch.run.agent import Entry, run_workers
+
+    if not script.is_file():
+        raise ConfigError([Problem("SCRIPT", "there is no such file", "give the path of a Python script", str(script))])
+    entry = Entry((str(script), *context.args))
+    return run_workers(entry, local_processes(processes, None, "auto"), port=port, timeout=timedelta(minutes=3), debug=debug)

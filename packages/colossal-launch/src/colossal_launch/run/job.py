@@ -1,0 +1,92 @@
+"""Everything about a training run that can be known before the first worker starts. Nothing that is wrong gets past here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colossal_core.errors import ConfigError, Problem
+
+from colossal_launch.assembly import Assembly, Setup, assemble
+
+if TYPE_CHECKING:
+    from colossal_core.config import DataConfig, ModelConfig, TrainConfig
+
+    from colossal_launch.data.preparation import PreparedText
+    from colossal_launch.models.building import BuiltModel
+
+TEXT_FOLDER = "text"
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run. folder: the run's. text: its tokens. assembly: its plan, for the reader; workers make their own and compare."""
+
+    setup: Setup
+    folder: Path
+    text: PreparedText
+    assembly: Assembly
+
+
+def sections_of(config: TrainConfig) -> tuple[ModelConfig, DataConfig]:
+    """The sections that a run from the command line needs. Raises ConfigError naming what is missing."""
+    problems = []
+    if config.model is None:
+        problems.append(Problem("model", "is required", "add `model: {architecture: llama, config: {...}}`"))
+    if config.data is None:
+        problems.append(Problem("data", "is required", "add `data: {source: stdlib, sequence_length: 256}`"))
+    if config.model is None or config.data is None:
+        raise ConfigError(problems)
+    return config.model, config.data
+
+
+def prepare_job(setup: Setup, *, world_size: int, device_type: str) -> Job:
+    """Reads the text, builds the model without storage, and plans. Raises ConfigError with every problem found."""
+    from colossal_launch.data.preparation import prepare_text
+
+    sections_of(setup.config)
+    folder = Path(setup.config.checkpoint.directory)
+    problems = list(_folder_problems(setup.config, folder))
+    if problems:
+        raise ConfigError(problems)
+    _, data = sections_of(setup.config)
+    text = prepare_text(data, folder / TEXT_FOLDER)
+    built = build(setup, text, device="cpu")
+    assembly = assemble(setup, built.module, world_size=world_size, device_type=device_type, known_problems=problems)
+    return Job(setup, folder, text, assembly)
+
+
+def build(setup: Setup, text: PreparedText, device: str) -> BuiltModel:
+    """The model of the config, its vocabulary the tokenizer's where the config names none."""
+    from colossal_launch.models.building import build_model
+
+    model, _ = sections_of(setup.config)
+    seed = setup.config.train.seed
+    return build_model(model, vocab_size=text.vocab_size, seed=seed, eos_id=text.eos_id, device=device)
+
+
+def write_config(setup: Setup, folder: Path) -> Path:
+    """The whole config as JSON in the run's folder: what workers read, and what a reader finds later. Only keys that were written."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(setup.config.model_dump(mode="json", exclude_unset=True), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _folder_problems(config: TrainConfig, folder: Path) -> Iterable[Problem]:
+    field = "checkpoint.directory"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        yield Problem(field, f"cannot be written ({error.strerror})", "name a folder that you may write", str(folder))
+        return
+    saved = folder / CHECKPOINT_FOLDER
+    if not config.checkpoint.resume and saved.is_dir() and any(saved.glob("step-*")):
+        yield Problem(field, "holds checkpoints, and checkpoint.resume is false", "name another folder, or set it to true", str(folder))

@@ -1,0 +1,172 @@
+"""The training loop of `colossal train`, on one rank: the same line a step for every strategy."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from colossal_core.errors import NonFiniteError
+
+from colossal_launch.progress import ProgressLine, StepReport
+from colossal_launch.run.evaluation import evaluate
+from colossal_launch.run.job import CHECKPOINT_FOLDER
+from colossal_launch.run.stopping import StopRequest
+from colossal_launch.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from colossal_core.config import TrainConfig
+    from colossal_core.step import StepResult
+    from colossal_core.trained import Trained
+
+    from colossal_launch.data.loader import DistributedLoader
+    from colossal_launch.data.packing import TextDataset
+    from colossal_launch.speed import WorkPerToken
+    from colossal_launch.trackers import Metrics, Tracker
+
+
+@dataclass
+class Run:
+    """One rank's run. speaks: whether this rank prints and writes metrics (rank 0). work and peak: for MFU, where the peak is known."""
+
+    config: TrainConfig
+    folder: Path
+    trained: Trained
+    loader: DistributedLoader
+    validation: TextDataset
+    speaks: bool
+    work: WorkPerToken
+    peak_flops: float | None
+    _trackers: list[Tracker] = field(default_factory=list)
+    _line: ProgressLine | None = None
+    _last_saved: int = -1
+
+    def __call__(self) -> int:
+        """Trains to `train.num_steps` and returns the exit status: 0, or 130 / 143 after a signal, with a saved checkpoint.
+
+        Raises: NonFiniteError when a loss or norm is not finite and the policy is to stop; CheckpointError when a save fails.
+        """
+        self._last_saved = self._resume()
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            if self.speaks:
+                self._open(stack)
+            started, since = time.perf_counter(), 0
+            for batch in self.loader:
+                result = self.trained.train_step(batch)
+                since += 1
+                step = self.trained.step
+                if step % self.config.train.log_every_steps == 0 or step == self.config.train.num_steps:
+                    elapsed = time.perf_counter() - started
+                    self._report(result, elapsed / since)
+                    started, since = time.perf_counter(), 0
+                    if self.trained.any_rank(stop.signal is not None):
+                        self._save()
+                        self._note(f"stopped at step {step}; start the same command again to go on")
+                        return stop.exit_status
+                started += self._periodic(step)
+            self._finish()
+        return 0
+
+    def _resume(self) -> int:
+        if not self.config.checkpoint.resume:
+            return -1
+        found = self.trained.load(self.folder / CHECKPOINT_FOLDER)
+        if found is None:
+            return -1
+        for message in found.skipped:
+            self._note(message)
+        self._note(f"going on from step {found.step} ({found.path})")
+        return found.step
+
+    def _open(self, stack: ExitStack) -> None:
+        self._trackers, notes = open_trackers(self.folder, self.trained.step)
+        for tracker in self._trackers:
+            stack.callback(tracker.close)
+        self._line = stack.enter_context(ProgressLine(self.config.train.num_steps, first_step=self.trained.step))
+        for note in notes:
+            self._note(note)
+        if self.peak_flops is not None:
+            self._note(self.work.formula)
+
+    def _report(self, result: StepResult, seconds: float) -> None:
+        """Reads the step's numbers, which waits for the device; ends the run where they are not finite."""
+        loss, norm, tokens = float(result.loss), float(result.grad_norm), int(result.num_tokens)
+        step = self.trained.step
+        policy = self.config.train.non_finite
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.config.precision == "fp16")) and policy == "stop":
+            what = "loss" if not math.isfinite(loss) else "gradient norm"
+            message = (
+                f"step {step}: the {what} is {loss if what == 'loss' else norm}: the update was left out and the run ends here "
+                "(train.non_finite: stop); lower optimizer.lr, or set train.non_finite: skip to go on"
+            )
+            raise NonFiniteError(message)
+        if not self.speaks:
+            return
+        mfu = None
+        if self.peak_flops is not None:
+            mfu = tokens / seconds / self.trained.plan.mesh.world_size * self.work.flops / self.peak_flops
+        metrics: dict[str, float | int | bool] = {
+            "loss": loss,
+            "grad_norm": norm,
+            "num_tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "skipped": bool(result.skipped),
+            "memory_bytes": peak_memory_bytes(),
+        }
+        if mfu is not None:
+            metrics["mfu"] = mfu
+        self._log(step, metrics)
+        if self._line is not None:
+            self._line.show(StepReport(step, loss, tokens, seconds, int(metrics["memory_bytes"]), mfu))
+
+    def _periodic(self, step: int) -> float:
+        """Evaluates and saves where the config says so. Returns the seconds that this took: they are not the step's."""
+        started = time.perf_counter()
+        every_eval, every_save = self.config.train.eval_every_steps, self.config.checkpoint.every_steps
+        if every_eval and step % every_eval == 0 and step != self.config.train.num_steps:
+            self._evaluate()
+        if every_save and step % every_save == 0 and step != self.config.train.num_steps:
+            self._save()
+        return time.perf_counter() - started
+
+    def _finish(self) -> None:
+        self._evaluate()
+        if self._last_saved != self.trained.step:
+            self._save()
+
+    def _evaluate(self) -> None:
+        found = evaluate(self.trained, self.validation, self.loader.share, self.config.train.eval_num_batches)
+        self._log(self.trained.step, {"val_loss": found.loss, "val_bits_per_byte": found.bits_per_byte})
+        self._note(f"step {self.trained.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte")
+
+    def _save(self) -> None:
+        path = self.trained.save(self.folder / CHECKPOINT_FOLDER)
+        self._last_saved = self.trained.step
+        self._note(f"step {self.trained.step}: saved {path}")
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def _note(self, text: str) -> None:
+        if self._line is not None:
+            self._line.note(text)
+        elif self.speaks:
+            print(text, flush=True)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank: allocated on the accelerator, else the process's resident size."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
