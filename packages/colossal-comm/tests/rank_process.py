@@ -12,11 +12,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-CALL: dict[str, Any]
-
 
 def run(call: dict[str, Any]) -> None:
     import torch
+
     from colossal_comm import join, leave
 
     warnings.simplefilter("error")
@@ -47,4 +46,4 @@ def run(call: dict[str, Any]) -> None:
         reply.close()
 
 
-run(CALL)
+run(globals()["CALL"])

@@ -219,6 +219,7 @@ class RankCollectives:
             if guard is None:
                 work = transport.exchange(group, staged)
             else:
+                transport.prepare(group)  # making it needs both sides, and a guarded receive starts late
                 work = guard.exchange(call, staged, lambda part: transport.exchange(group, part))
         except RuntimeError as error:
             raise failure(call, 0.0, error) from error

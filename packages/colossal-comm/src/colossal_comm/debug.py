@@ -119,23 +119,25 @@ class StoreGuard:
         """Announces the sends and starts them; compares each receive with its sender's announcement when it is waited for."""
         site = call_site()
         sends = [transfer for transfer in transfers if transfer.kind == "send"]
+        receives = [transfer for transfer in transfers if transfer.kind == "receive"]
+        for transfer in sends:
+            peer = call.group.ranks[transfer.peer]
+            key = self._transfer_key(call.group.name, self._rank, peer)
+            self._announce(key, transfer_fingerprint(transfer, call.tag, site))
         # On an accelerator sends and receives must start together (NCCL blocks its stream); on gloo a receive of another size
         # than was sent aborts the process, so it starts after the comparison.
         together = issue(transfers) if transfers[0].tensor.device.type != "cpu" else None
         started = together if together is not None or not sends else issue(sends)
-        receives = []
-        for transfer in transfers:
+        guarded = []
+        for transfer in receives:
             peer = call.group.ranks[transfer.peer]
-            own = transfer_fingerprint(transfer, call.tag, site)
-            if transfer.kind == "send":
-                self._announce(self._transfer_key(call.group.name, self._rank, peer), own)
-                continue
             key = self._transfer_key(call.group.name, peer, self._rank)
-            box = key.rsplit("/", 1)[0]
+            own = transfer_fingerprint(transfer, call.tag, site)
             receive = Receive(self._compare_transfer(call, key, own, peer), _issue_one(issue, transfer, together))
-            self._receives.setdefault(box, deque()).append(receive)
-            receives.append((self._receives[box], receive))
-        return GuardedExchange(started, receives)
+            queue = self._receives.setdefault(key.rsplit("/", 1)[0], deque())
+            queue.append(receive)
+            guarded.append((queue, receive))
+        return GuardedExchange(started, guarded)
 
     def _transfer_key(self, name: str, source: int, target: int) -> str:
         """The key of the next transfer between two ranks; both count."""

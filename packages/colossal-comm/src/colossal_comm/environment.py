@@ -156,7 +156,10 @@ def _first_slurm_host(values: Mapping[str, str], problems: list[Problem]) -> str
 def expand_hosts(nodes: str) -> list[str]:
     """Slurm's host list in full: `a[01-03,7]-ib,b` is a01-ib, a02-ib, a03-ib, a7-ib, b. Empty when it cannot be read."""
     hosts: list[str] = []
-    for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodes):
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes)
+    if ",".join(parts) != nodes:
+        return []
+    for part in parts:
         expanded = _expand_one(part.strip())
         if expanded is None:
             return []

@@ -212,7 +212,9 @@ def size_one(collectives: RankCollectives) -> tuple[str, bool]:
     collectives.start_all_reduce(output, ("tp", "cp")).wait()
     collectives.barrier("tp")
     same = collectives.all_reduce(tensor, "tp") is tensor and collectives.all_gather(tensor, "cp") is tensor
-    return collectives.ledger.table(), same and output.tolist() == [1, 2] and collectives.gather_bytes(b"x", "tp") == [b"x"]
+    return collectives.ledger.table(), same and output.tolist() == [1, 2] and collectives.gather_bytes(b"x", "tp") == [
+        b"x"
+    ]
 
 
 def test_an_axis_of_size_one_costs_nothing(on_mesh: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,7 +59,7 @@ def reference(operation: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         return list(torch.stack(inputs).sum(0).chunk(size, dim=1))
     if operation.startswith("all_to_all"):
         rows = ROWS_SENT[size] if operation.endswith("uneven") else [[4 // size] * size] * size
-        parts = [list(x.split(sent)) for x, sent in zip(inputs, rows, strict=True)]
+        parts = [list(torch.split(x, sent)) for x, sent in zip(inputs, rows, strict=True)]
         return [torch.cat([parts[source][target] for source in range(size)]) for target in range(size)]
     return [inputs[1]] * size
 
@@ -80,25 +79,23 @@ ONE_LOSS = ("all_reduce replicated", "all_gather replicated")
 """Operations whose output every rank puts through the same function: there is one loss, not one a rank."""
 
 
-def outputs_and_gradients(
-    collectives: RankCollectives, axes: Any, compiled: str
-) -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for salt, operation in enumerate(OPERATIONS):
-        x = values(collectives.rank, (4, 4, 3), salt).requires_grad_()
+def outputs_and_gradients(collectives: RankCollectives, axes: Any, compiled: str) -> dict[str, tuple[Any, Any]]:
+    def every(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            torch.sin(apply(operation, collectives, x * 2, axes)) * 3
+            for operation, x in zip(OPERATIONS, inputs, strict=True)
+        ]
 
-        def function(x: torch.Tensor, operation: str = operation) -> torch.Tensor:
-            return torch.sin(apply(operation, collectives, x * 2, axes)) * 3
-
-        call: Callable[[torch.Tensor], torch.Tensor] = function
-        if compiled:
-            call = torch.compile(function, fullgraph=True, backend=compiled)
-        output = call(x)
+    call = torch.compile(every, fullgraph=True, backend=compiled) if compiled else every
+    inputs = [values(collectives.rank, (4, 4, 3), salt).requires_grad_() for salt in range(len(OPERATIONS))]
+    outputs = call(inputs)
+    loss = torch.zeros((), dtype=torch.float64)
+    for salt, (operation, output) in enumerate(zip(OPERATIONS, outputs, strict=True)):
         weight = values(0 if operation in ONE_LOSS else collectives.rank, tuple(output.shape), 100 + salt)
-        (output * weight).sum().backward()
-        assert x.grad is not None
-        found[operation] = (output.tolist(), x.grad.tolist())
-    return found
+        loss = loss + (output * weight).sum()
+    gradients = torch.autograd.grad(loss, inputs)
+    results = [(output.tolist(), gradient.tolist()) for output, gradient in zip(outputs, gradients, strict=True)]
+    return dict(zip(OPERATIONS, results, strict=True))
 
 
 def check(found: list[dict[str, tuple[Any, Any]]], groups: tuple[tuple[int, ...], ...]) -> None:
@@ -111,19 +108,21 @@ def check(found: list[dict[str, tuple[Any, Any]]], groups: tuple[tuple[int, ...]
                 for rank, y in zip(ranks, outputs, strict=True)
             ]
             loss = losses[0] if operation in ONE_LOSS else torch.stack(losses).sum()
-            # A replicated input is one tensor: its gradient is the sum over the copies.
+            # The copies of a replicated tensor are one: its gradient is the sum over them, each at the values that it holds here.
             gradients = list(torch.autograd.grad(loss, inputs, materialize_grads=True))
             if operation == "replicate":
                 gradients = [torch.stack(gradients).sum(0)] * len(ranks)
             for rank, output, gradient in zip(ranks, outputs, gradients, strict=True):
-                difference = (torch.tensor(found[rank][operation][0], dtype=torch.float64) - output).norm() / output.norm()
+                difference = (
+                    torch.tensor(found[rank][operation][0], dtype=torch.float64) - output
+                ).norm() / output.norm()
                 assert difference <= 1e-12, (operation, rank, "output", difference)
-                difference = (torch.tensor(found[rank][operation][1], dtype=torch.float64) - gradient).norm() / max(gradient.norm(), 1e-3)
+                difference = (torch.tensor(found[rank][operation][1], dtype=torch.float64) - gradient).norm() / max(
+                    gradient.norm(), 1e-3
+                )
                 assert difference <= 1e-12, (operation, rank, "gradient", difference)
 
 
-# In `replicate` the ranks hold copies; here each holds its own values, and the gradient arriving at x * 2 is the sum of all: the reference's
-# sum over ranks of d loss / d copy at their own values.
 @pytest.mark.parametrize("axes", ["tp", ("dp_shard", "tp"), ("tp", "dp_shard")])
 def test_exact_forward_and_backward(on_mesh: Any, axes: Any) -> None:
     check(on_mesh(SQUARE, outputs_and_gradients, axes, ""), SQUARE.groups(axes))
@@ -142,7 +141,7 @@ def counts(collectives: RankCollectives, compiled: bool) -> dict[str, tuple[int,
     call = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
     x = torch.ones(2, 8, requires_grad=True)
     for _ in range(3):
-        call(x).sum().backward()
+        torch.autograd.backward(call(x).sum())
     rows = collectives.ledger.rows()
     return {f"{row.operation} {row.tag}": (row.num_calls, row.sent_bytes) for row in rows}
 
@@ -161,7 +160,7 @@ def test_the_ledger_counts_forward_and_backward_when_they_run(on_gloo: Any, comp
 def through_bfloat16_and_strides(collectives: RankCollectives) -> tuple[str, list[float], list[float]]:
     x = torch.ones(2, 3, dtype=torch.bfloat16).t().requires_grad_()
     y = collectives.all_reduce(x, "tp", cotangent="partial")
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert x.grad is not None
     return str(y.dtype), y.detach().reshape(-1).float().tolist(), x.grad.reshape(-1).float().tolist()
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from colossal_core.config.tree import TrainConfig
     from colossal_core.errors import CheckpointError, ColossalError, ConfigError, PluginError, Problem
     from colossal_core.estimate import EstimateTable, HardwareProfile
-    from colossal_core.examine import examine
     from colossal_core.hookspecs import PLUGIN_API, hookimpl
     from colossal_core.layout import ParameterLayout, Piece, Placement
     from colossal_core.mesh import MeshLayout
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from colossal_core.step import EvalResult, StepResult
     from colossal_core.strategy import ApplyContext, Phase, StepView, Strategy, StrategySpec
     from colossal_core.trained import Trained
-    from colossal_core.wrap import Parts, wrap
+    from colossal_core.wrap import Parts
 
 _MODULES = {
     "ApplyContext": "strategy",
@@ -68,10 +67,8 @@ _MODULES = {
     "TrainConfig": "config.tree",
     "Trained": "trained",
     "discover": "plugins",
-    "examine": "examine",
     "hookimpl": "hookspecs",
     "make_plan": "plan",
-    "wrap": "wrap",
 }
 
 __all__ = [
@@ -112,10 +109,8 @@ __all__ = [
     "TrainConfig",
     "Trained",
     "discover",
-    "examine",
     "hookimpl",
     "make_plan",
-    "wrap",
 ]
 
 

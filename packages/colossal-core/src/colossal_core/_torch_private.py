@@ -1,6 +1,6 @@
 """Every name of torch that is not public, and the versions on which each was tried. Nothing else in this package imports one.
 
-All were tried on torch 2.13.0 (CPU); `torch._dynamo.config.recompile_limit` is also there in 2.11.0.
+All were tried on torch 2.13.0 (CPU).
 """
 
 from __future__ import annotations

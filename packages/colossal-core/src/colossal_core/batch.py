@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from colossal_core.errors import ColossalError
 
 if TYPE_CHECKING:
+    from colossal_core.mesh import MeshLayout
     from colossal_core.plan import BatchPlan
 
 
@@ -45,3 +47,42 @@ def sample_ids(plan: BatchPlan, data_index: int, microbatch: int, device: torch.
     """Indices within the global batch of a microbatch's sequences: [micro_size] int64. Rank d holds samples [d * share, (d+1) * share)."""
     first = data_index * plan.share + microbatch * plan.micro_size
     return torch.arange(first, first + plan.micro_size, device=device)
+
+
+@dataclass(frozen=True)
+class InputCut:
+    """Inputs split along one dimension over mesh axes (a sequence over `cp`). dims: the dimension of each batch key that has it.
+
+    chunks: the dimension is `num_chunks` equal chunks; the rank at flat coordinate i over `axes` holds `chunks[i]`, in that order. Two chunks
+    a rank, one from each end, balance a causal attention.
+    """
+
+    dims: tuple[tuple[str, int], ...]
+    axes: tuple[str, ...]
+    num_chunks: int
+    chunks: tuple[tuple[int, ...], ...]
+
+
+def take_part(
+    batch: Mapping[str, torch.Tensor], cuts: Sequence[InputCut], coordinate: Mapping[str, int], mesh: MeshLayout
+) -> dict[str, torch.Tensor]:
+    """This rank's part of every key that a cut names; the others as they are. No communication: ranks of `axes` got the same batch.
+
+    Raises: ColossalError when a dimension is not a multiple of the number of chunks.
+    """
+    found = dict(batch)
+    for cut_ in cuts:
+        held = cut_.chunks[mesh.flat_index(coordinate, cut_.axes)]
+        for key, dim in cut_.dims:
+            if key not in found:
+                continue
+            size = found[key].shape[dim]
+            if size % cut_.num_chunks:
+                message = (
+                    f"batch.{key}: dimension {dim} has {size} elements, which {cut_.num_chunks} chunks over {' x '.join(cut_.axes)} do not "
+                    f"divide: pad it to {-(-size // cut_.num_chunks) * cut_.num_chunks}"
+                )
+                raise ColossalError(message)
+            pieces = found[key].chunk(cut_.num_chunks, dim)
+            found[key] = torch.cat([pieces[chunk] for chunk in held], dim)
+    return found

@@ -46,7 +46,7 @@ class Compile:
             reason = f"torch {torch.__version__} has no such backend"
             problems.append(Problem("compile.backend", reason, f"use one of {', '.join(known)}", self.config.backend))
         if self.config.backend == "eager" and config.recompute.mode != "none":
-            reason = "does not bring random numbers back when it recomputes a block, so dropout would have wrong gradients"
+            reason = "does not bring random numbers back when it recomputes a block: dropout would get wrong gradients"
             remedy = "use aot_eager or inductor, or recompute.mode: none"
             problems.append(Problem("compile.backend", reason, remedy, self.config.backend))
         return problems

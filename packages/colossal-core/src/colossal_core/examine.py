@@ -19,7 +19,7 @@ from colossal_core.dataflow import (
 from colossal_core.example_batch import traced_batch
 from colossal_core.interfaces import ATTENTION_INTERFACE, EXPERTS_INTERFACE, modules_reaching
 from colossal_core.task import config_facts, find_task
-from colossal_core.transformers_plans import expert_plan, tensor_plan
+from colossal_core.transformers_plans import expert_plan, is_transformers_model, tensor_plan
 
 
 def examine(model: nn.Module, example_batch: Mapping[str, Tensor] | None = None) -> ModelAnatomy:
@@ -171,9 +171,9 @@ def _forward_keys(model: nn.Module) -> tuple[str, ...] | None:
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named = _typed_keys(parameter.annotation)
-            if named is None:
+            if named is None and not is_transformers_model(model):
                 return None
-            keys += named
+            keys += named or ()  # transformers hands them on to its loss and its kernels: no place for a column of data
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             keys.append(name)
     return tuple(dict.fromkeys(keys))

@@ -43,14 +43,23 @@ def scale_gradients(state: ParameterState, factor: torch.Tensor) -> None:
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
-def local_square_norm(state: ParameterState, coordinate: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
-    """Sum of squares of the gradient elements that this rank owns: 0-d. The sum over all ranks counts each element once."""
+def local_square_norm(
+    state: ParameterState, coordinate: Mapping[str, int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Sum of squares of the gradient elements that this rank owns: 0-d, on `device`. The sum over all ranks counts each element once.
+
+    Shards may lie on other devices (offload).
+    """
     owned = [shard.gradient for shard in _trained(state) if shard.layout.state.owns(coordinate) and shard.gradient is not None]
-    owned = [gradient for gradient in owned if gradient.numel()]
-    if not owned:
-        device = next(iter(state.shards.values())).master.device
-        return torch.zeros((), dtype=dtype, device=device)
-    return torch.stack(torch._foreach_norm(owned, 2, dtype=dtype)).square().sum()
+    by_device: defaultdict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    for gradient in owned:
+        if gradient.numel():
+            by_device[gradient.device].append(gradient)
+    square = torch.zeros((), dtype=dtype, device=device)
+    for gradients in by_device.values():
+        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype))
+        square = square + norms.square().sum().to(device)
+    return square
 
 
 def sum_over_world(values: Sequence[torch.Tensor], collectives: Collectives, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -49,23 +49,26 @@ class LossOwner:
     def exact_count(self) -> bool:
         return self._user_loss is None
 
+    def with_targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The batch with each position's label the one that it predicts. For a causal model they move left by one, before anything cuts the
+        sequence; the logits are never sliced or copied. A user's loss and a model's own get the labels as they are.
+        """
+        found = dict(batch)
+        if self._user_loss is None and self._task == "causal-lm" and "labels" in found:
+            labels = found["labels"]
+            found["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
+        return found
+
     def count_items(self, batch: Batch) -> torch.Tensor:
-        """Items in a batch: 0-d float64. Labels that are counted in the loss, else sequences (provisional for a user's loss)."""
+        """Items in a batch `with_targets`: 0-d float64. Labels that count in the loss, else sequences (provisional for a user's loss)."""
         labels = batch.get("labels")
         if labels is not None and labels.dim() >= 2 and not labels.is_floating_point() and self._task != "own-loss":
-            return (self._targets(labels) != IGNORED_LABEL).sum().to(torch.float64)
+            return (labels != IGNORED_LABEL).sum().to(torch.float64)
         first = next(iter(batch.values()))
-        return torch.tensor(float(first.shape[0]), dtype=torch.float64, device=first.device)
-
-    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """The label that each position predicts. Shifted for a causal model: the labels move, so that no copy of the logits is made."""
-        if self._task != "causal-lm":
-            return labels
-        last = torch.full_like(labels[:, :1], IGNORED_LABEL)
-        return torch.cat([labels[:, 1:], last], dim=1)
+        return torch.full((), float(first.shape[0]), dtype=torch.float64, device=first.device)
 
     def __call__(self, model: nn.Module, batch: Batch) -> MicrobatchLoss:
-        """Forward pass and loss of one microbatch.
+        """Forward pass and loss of one microbatch, cut from a batch `with_targets`.
 
         Raises: ColossalError when the model gives neither logits nor a loss and there is no `loss_fn`.
         """
@@ -86,8 +89,7 @@ class LossOwner:
             return MicrobatchLoss(mean * items.to(mean.dtype), items)
         outputs = model(**self._inputs(model, batch, with_labels=False))
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-        targets = self._targets(batch["labels"])
-        total, items = self._cross_entropy(logits, targets)
+        total, items = self._cross_entropy(logits, batch["labels"])
         return MicrobatchLoss(total, items.to(torch.float64))
 
     def _inputs(self, model: nn.Module, batch: Batch, *, with_labels: bool) -> dict[str, torch.Tensor]:

@@ -32,17 +32,28 @@ class DerivedAxis:
 
 
 @dataclass(frozen=True)
+class SharingSet:
+    """Pipeline stages that hold one and the same parameter (a tied embedding), as an axis of its own: `stages` are pp coordinates, ascending.
+
+    Only ranks of those stages have a coordinate along it; the lowest stage owns what is shared.
+    """
+
+    name: str
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class MeshLayout:
     """Sizes of the base axes, the derived axes, and every group of ranks. Pure data, equal on every rank.
 
     sizes: one size for each of `BASE_AXES`, all at least 1.
     derived: folds and factors that strategies added (`with_axis`). `dp` and `shard` are always there.
-    sharing: sets of `pp` coordinates that hold one and the same parameter (a tied embedding across stages), by the parameter's name.
+    sharing: sets of stages that hold one and the same parameter; a group over one, or over it and then other axes, is asked for by its name.
     """
 
     sizes: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1)
     derived: tuple[DerivedAxis, ...] = ()
-    sharing: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    sharing: tuple[SharingSet, ...] = ()
     _folds: tuple[DerivedAxis, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
@@ -64,7 +75,7 @@ class MeshLayout:
 
     @property
     def axis_names(self) -> tuple[str, ...]:
-        return (*BASE_AXES, *self._derived_by_name)
+        return (*BASE_AXES, *self._derived_by_name, *(shared.name for shared in self.sharing))
 
     def with_axis(self, axis: DerivedAxis) -> MeshLayout:
         """This mesh with one more derived axis; its sources must exist and its name must be new."""
@@ -75,12 +86,24 @@ class MeshLayout:
         mesh._digit(axis.name)
         return mesh
 
+    def with_sharing(self, shared: SharingSet) -> MeshLayout:
+        """This mesh with one more set of stages that share a parameter."""
+        assert shared.name not in self.axis_names, f"axis {shared.name} exists"
+        assert shared.stages == tuple(sorted(set(shared.stages))) and shared.stages[-1] < self.size("pp"), shared
+        return MeshLayout(self.sizes, self.derived, (*self.sharing, shared))
+
+    def _shared(self, name: str) -> SharingSet | None:
+        return next((shared for shared in self.sharing if shared.name == name), None)
+
     def size(self, axes: str | Sequence[str]) -> int:
         """Number of ranks in one group over `axes` (the product of their sizes)."""
         if not isinstance(axes, str):
             return math.prod(self.size(axis) for axis in axes)
         if axes in BASE_AXES:
             return self.sizes[BASE_AXES.index(axes)]
+        shared = self._shared(axes)
+        if shared is not None:
+            return len(shared.stages)
         return self._derived_by_name[axes].size
 
     def coordinate(self, rank: int) -> dict[str, int]:
@@ -93,6 +116,9 @@ class MeshLayout:
         for axis in self._derived_by_name.values():
             flat = self.flat_index(found, axis.sources)
             found[axis.name] = (flat // axis.stride) % axis.size
+        for shared in self.sharing:
+            if found["pp"] in shared.stages:
+                found[shared.name] = shared.stages.index(found["pp"])
         return found
 
     def flat_index(self, coordinate: Mapping[str, int], axes: Sequence[str]) -> int:
@@ -127,6 +153,11 @@ class MeshLayout:
         """The ranks that differ from `rank` only along `axes`, ordered by their flat index over `axes` (as given, row-major)."""
         axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if self.size(axis) > 1)
         own = self.coordinate(rank)
+        shared = self._shared(axes[0]) if axes else None
+        if shared is not None:
+            assert shared.name in own, f"rank {rank} is on none of the stages of {shared}"
+            stages = (self.rank({**own, "pp": stage}) for stage in shared.stages)
+            return tuple(member for first in stages for member in self.group(first, axes[1:]))
         digits = [self._digit(axis) for axis in axes]
         folds = tuple(dict.fromkeys(base for base, _ in digits))
         together = [axis for base in folds for axis in base]
@@ -148,7 +179,7 @@ class MeshLayout:
         return tuple(members)
 
     def groups(self, axes: str | Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """All groups over `axes`, each rank in exactly one, ordered by their first rank."""
+        """All groups over `axes` (not over a sharing set), each rank in exactly one, ordered by their first rank."""
         seen: set[int] = set()
         found = []
         for rank in range(self.world_size):

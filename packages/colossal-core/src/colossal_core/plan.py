@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from colossal_core.batch import InputCut
 from colossal_core.errors import ConfigError, Problem, raise_problems
 from colossal_core.layout import ParameterLayout, Placement
 from colossal_core.mesh import BASE_AXES, MeshLayout
@@ -48,7 +49,7 @@ class PlanDraft:
 
     layouts: by full name, in the order of `named_parameters()`. block_names: the model's blocks, in
     order of execution. decisions: kind (`recompute`) -> block -> value. program: the actions of
-    every pp rank. data: what a strategy needs again in `apply` (JSON values under its own name). notes: automatic choices, for the reader.
+    every pp rank. input_cuts: how batch keys are split over axes. data: what a strategy needs again in `apply` (JSON values under its own name). notes: automatic choices, for the reader.
     touched: (phase, strategy, full names) for each strategy that changed a layout, kept by `make_plan`.
     """
 
@@ -57,6 +58,7 @@ class PlanDraft:
     batch: BatchPlan
     layouts: Mapping[str, ParameterLayout]
     program: Program
+    input_cuts: tuple[InputCut, ...] = ()
     block_names: tuple[str, ...] = ()
     decisions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class Plan(PlanDraft):
             "mesh": asdict(self.mesh),
             "batch": asdict(self.batch),
             "layouts": [asdict(layout) for layout in self.layouts.values()],
+            "inputs": [asdict(cut) for cut in self.input_cuts],
             "program": [[str(action) for action in actions] for actions in self.program.actions],
             "decisions": self.decisions,
             "data": self.data,

@@ -1,8 +1,8 @@
 """Random numbers that any mesh and any cut draws alike: a function of what is drawn for, not of what was drawn before.
 
-Each number is a hash of (seed, step, layer, sample, position, feature). The hash is splitmix64 (Steele, Lea and Flood 2014, figure 17):
-every key but the last is folded in by one round, and the last, the feature, counts along the stream that starts there. It is written in
-int64 tensor operations, which wrap around alike on every device, in eager mode and compiled.
+Each number is a hash of (seed, step, layer, sample, position, feature), made by folding in one key after the other: `fold(state, key)` is
+number `state ^ key` of the splitmix64 stream from 0 (Steele, Lea and Flood 2014, figure 17). It is written in int64 tensor operations,
+which wrap around alike on every device, in eager mode and compiled.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ class RandomKey:
 
 def fold(state: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:
     """One more key: int64 states and values, broadcast against each other. Returns new int64 states."""
-    return _mixed((state ^ value) + _signed(_GAMMA))
+    # The xor comes first: inductor (torch 2.11) takes an `arange` times a constant for a 32-bit index, and the constant does not fit.
+    return _mixed(((state ^ value) + 1) * _signed(_GAMMA))
 
 
 def fold_numbers(*values: int) -> int:
     """The same, for plain numbers, from the state 0: a number in [0, 2^64)."""
     state = 0
     for value in values:
-        z = ((state ^ value) + _GAMMA) & _MASK
+        z = (((state ^ value) + 1) * _GAMMA) & _MASK
         z = ((z ^ (z >> 30)) * _FIRST) & _MASK
         z = ((z ^ (z >> 27)) * _SECOND) & _MASK
         state = z ^ (z >> 31)
@@ -84,7 +85,7 @@ def keyed_bits(
     state = fold(fold(fold(torch.zeros_like(key.seed), key.seed), key.step), layer)
     state_B = fold(state, sample_ids)
     state_BP = fold(state_B.unsqueeze(1), positions)
-    return _mixed(state_BP.unsqueeze(2) + (features + 1) * _signed(_GAMMA)).reshape(tuple(shape))
+    return fold(state_BP.unsqueeze(2), features).reshape(tuple(shape))
 
 
 def keyed_uniform(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 Forward = Callable[..., Any]
 
+
 class Recomputation:
     """How one block's forward is run, and run again.
 
@@ -120,8 +121,9 @@ def without_cache(value: Any) -> Any:
         return type(value)(without_cache(item) for item in value)
     if type(value) is dict:
         return {key: without_cache(item) for key, item in value.items()}
-    names = [(parent.__module__, parent.__name__) for parent in type(value).__mro__]
-    return None if any(module.startswith("transformers.") and name.endswith("Cache") for module, name in names) else value
+    kinds = type(value).__mro__
+    is_cache = any(kind.__module__.startswith("transformers.") and kind.__name__.endswith("Cache") for kind in kinds)
+    return None if is_cache else value
 
 
 class _BlockCall:

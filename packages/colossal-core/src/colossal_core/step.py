@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from colossal_core import batch as batches
 from colossal_core.gradients import clip_factor, local_square_norm, scale_gradients, sum_on_shards, sum_over_world
 from colossal_core.loss import LossOwner, MicrobatchLoss
-from colossal_core.plan import DATA_AXES, Plan
-from colossal_core.precision import LossScale
+from colossal_core.plan import LOSS_AXES, Plan
 from colossal_core.strategy import ApplyContext, StepView
 
 if TYPE_CHECKING:
     from torch import nn
 
     from colossal_core.optimizers import ClippingOptimizer
+    from colossal_core.precision import LossScale
+    from colossal_core.runner import ProgramRunner
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,6 @@ class EvalResult:
     num_tokens: torch.Tensor
 
 
-class RandomStreams(Protocol):
-    """Sets every source of random numbers before a microbatch."""
-
-    def seed(self, step: int, microbatch: int, sample_ids: torch.Tensor) -> None: ...
-
-
 class StepEngine:
     """Runs steps. model: the wrapped module; context: what the strategies filled; rates: learning rates of the groups by step."""
 
@@ -61,7 +55,8 @@ class StepEngine:
         context: ApplyContext,
         optimizer: ClippingOptimizer,
         loss_owner: LossOwner,
-        random: RandomStreams,
+        runner: ProgramRunner,
+        loss_scale: LossScale | None,
         set_rates: Callable[[int], None],
     ) -> None:
         self.model = model
@@ -69,20 +64,18 @@ class StepEngine:
         self.context = context
         self.optimizer = optimizer
         self.loss_owner = loss_owner
-        self.random = random
+        self.runner = runner
         self.set_rates = set_rates
         self.state = context.parameter_state()
         self.step = 0
-        self.loss_scale = LossScale(context.device) if context.precision.scaled else None
-        self._mesh = context.collectives.mesh
-        self._counts_loss = all(context.coordinate[axis] == 0 for axis in ("cp", "tp"))
-        self._data_index = self._mesh.flat_index(context.coordinate, DATA_AXES)
+        self.loss_scale = loss_scale
+        self._counts_loss = context.coordinate["tp"] == 0
         self._norm_dtype = context.precision.master
 
     def train_step(self, batch: Mapping[str, torch.Tensor]) -> StepResult:
         """One optimizer step on this rank's share of a global batch.
 
-        Communication: one all-reduce of 8 bytes over the data axes before the first forward pass; the reductions of the plan; one
+        Communication: one all-reduce of 8 bytes over the loss axes before the first forward pass; the reductions of the plan; one
         all-reduce of a few bytes over all ranks for loss, items and norm. No synchronisation with the host.
         """
         view = StepView(self.step, -1, self.state)
@@ -90,7 +83,7 @@ class StepEngine:
         divisor = self._total_items(batch)
         self.context.hooks.call("before_step", view)
         self.state.begin_step()
-        losses = self._run_program(batch, divisor)
+        losses = self.runner.run(self.step, batch, divisor)
         sum_on_shards(self.state, self.context.collectives)
         loss, items, norm = self._finish(losses, divisor)
         view = replace(view, grad_norm=norm, loss=loss, num_tokens=items)
@@ -110,47 +103,19 @@ class StepEngine:
 
     def _take(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batches.check_share(batch, self.plan.batch)
-        return batches.to_device(batch, self.context.device, self.context.precision.compute)
+        return self._on_device(batch)
+
+    def _on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch on this rank's device, with the labels that each position predicts, and this rank's part of what the plan cuts."""
+        moved = batches.to_device(batch, self.context.device, self.context.precision.compute)
+        mesh = self.context.collectives.mesh
+        return batches.take_part(self.loss_owner.with_targets(moved), self.plan.input_cuts, self.context.coordinate, mesh)
 
     def _total_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Items of the global batch, at least 1: what every microbatch's loss is divided by before backward."""
         items = self.loss_owner.count_items(batch)
-        self.context.collectives.start_all_reduce(items, DATA_AXES, use="reduce", tag="items").wait()
+        self.context.collectives.start_all_reduce(items, LOSS_AXES, use="reduce", tag="items").wait()
         return items.clamp(min=1.0)
-
-    def _run_program(self, batch: dict[str, torch.Tensor], divisor: torch.Tensor) -> list[MicrobatchLoss]:
-        """Executes this rank's actions. Gradients accumulate in the state; they are reduced when the last backward has run."""
-        actions = self.plan.program.actions[self.context.coordinate["pp"]]
-        last_backward = max(index for index, action in enumerate(actions) if action.kind == "backward")
-        waiting: dict[int, MicrobatchLoss] = {}
-        done: list[MicrobatchLoss] = []
-        for index, action in enumerate(actions):
-            if action.kind == "forward":
-                waiting[action.microbatch] = self._forward(batch, action.microbatch)
-            elif action.kind == "backward":
-                loss = waiting.pop(action.microbatch)
-                self.state.begin_backward(last=index == last_backward)
-                self._backward(loss.sum, divisor)
-                done.append(MicrobatchLoss(loss.sum.detach(), loss.items))
-            else:
-                assert action.kind == "reduce", f"the plain runner has no action {action}"
-                self.state.finish_reduce()
-        return done
-
-    def _forward(self, batch: dict[str, torch.Tensor], microbatch: int) -> MicrobatchLoss:
-        plan = self.plan.batch
-        self.context.hooks.call("before_microbatch", StepView(self.step, microbatch, self.state))
-        samples = batches.sample_ids(plan, self._data_index, microbatch, self.context.device)
-        self.random.seed(self.step, microbatch, samples)
-        with lifted(self.context):
-            return self.loss_owner(self.model, batches.cut(batch, microbatch, plan.micro_size))
-
-    def _backward(self, loss_sum: torch.Tensor, divisor: torch.Tensor) -> None:
-        scaled = loss_sum / divisor.to(loss_sum.dtype)
-        if self.loss_scale is not None:
-            scaled = scaled * self.loss_scale.scale.to(scaled.dtype)
-        with lifted(self.context):
-            scaled.backward()  # type: ignore[no-untyped-call]
 
     def _finish(self, losses: list[MicrobatchLoss], divisor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, items and gradient norm of the global batch; gradients are unscaled, and rescaled where the divisor was provisional.
@@ -158,11 +123,8 @@ class StepEngine:
         The norm is taken of the gradients as they lie in the shards and rescaled with them: one all-reduce serves all three numbers.
         """
         device, dtype = self.context.device, torch.float64
-        counted = 1.0 if self._counts_loss else 0.0
-        loss_sum = torch.stack([loss.sum.to(device, dtype) for loss in losses]).sum() * counted
-        items = torch.stack([loss.items.to(device, dtype) for loss in losses]).sum() * counted
-        square = local_square_norm(self.state, self.context.coordinate, self._norm_dtype)
-        loss_sum, items, square = sum_over_world([loss_sum, items, square], self.context.collectives, dtype)
+        square = local_square_norm(self.state, self.context.coordinate, self._norm_dtype, device)
+        loss_sum, items, square = sum_over_world([*self._local_sums(losses), square], self.context.collectives, dtype)
         factor = torch.ones((), dtype=dtype, device=device)
         if not self.loss_owner.exact_count:
             factor = divisor / items.clamp(min=1.0)
@@ -171,6 +133,16 @@ class StepEngine:
         if self.loss_scale is not None or not self.loss_owner.exact_count:
             scale_gradients(self.state, factor)
         return loss_sum / items.clamp(min=1.0), items, (square.sqrt() * factor).to(self._norm_dtype)
+
+    def _local_sums(self, losses: list[MicrobatchLoss]) -> list[torch.Tensor]:
+        """Sum of losses and items of this rank's microbatches: 0-d float64. Zero where another rank of `tp` counts them."""
+        device, dtype = self.context.device, torch.float64
+        if not losses or not self._counts_loss:
+            return [torch.zeros((), dtype=dtype, device=device)] * 2
+        return [
+            torch.stack([loss.sum.to(device, dtype) for loss in losses]).sum(),
+            torch.stack([loss.items.to(device, dtype) for loss in losses]).sum(),
+        ]
 
     def _clip(self, norm: torch.Tensor) -> torch.Tensor | None:
         max_norm = self.plan.config.optimizer.max_grad_norm
@@ -183,27 +155,12 @@ class StepEngine:
 
     def eval_step(self, batch: Mapping[str, torch.Tensor]) -> EvalResult:
         """Forward pass only, on this rank's share of an evaluation batch (any number of sequences), in evaluation mode."""
-        batch = batches.to_device(batch, self.context.device, self.context.precision.compute)
-        size = next(iter(batch.values())).shape[0]
-        micro = self.plan.batch.micro_size
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), lifted(self.context):
-                parts = [self.loss_owner(self.model, batches.cut(batch, index, micro)) for index in range(-(-size // micro))]
+            parts = self.runner.evaluate(self._on_device(batch))
         finally:
             self.model.train(training)
-        counted = 1.0 if self._counts_loss else 0.0
-        sums = [torch.stack([part.sum.to(torch.float64) for part in parts]).sum() * counted]
-        sums.append(torch.stack([part.items for part in parts]).sum() * counted)
-        loss_sum, items = sum_over_world(sums, self.context.collectives, torch.float64)
+        loss_sum, items = sum_over_world(self._local_sums(parts), self.context.collectives, torch.float64)
         return EvalResult(loss_sum / items.clamp(min=1.0), loss_sum, items.to(torch.int64))
 
-
-def lifted(context: ApplyContext) -> AbstractContextManager[object]:
-    """float64 throughout where the precision asks for it, else nothing."""
-    if not context.precision.throughout:
-        return nullcontext()
-    from colossal_core.float64 import Float64Throughout
-
-    return Float64Throughout()

@@ -14,7 +14,8 @@ from colossal_core.mesh import WORLD
 from colossal_core.modules import ParameterSlots, cast_buffers, move_buffers
 from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
-from colossal_core.precision import precision
+from colossal_core.precision import LossScale, precision
+from colossal_core.runner import PlainRunner
 from colossal_core.streams import ModelRandom
 from colossal_core.schedule import rates_from_config
 from colossal_core.step import StepEngine
@@ -85,7 +86,9 @@ def wrap(
     set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)
     if parts.optimizer is not None:
         set_rates = _keep_rates
-    engine = StepEngine(model, plan, context, optimizer, loss_owner, random, set_rates)
+    loss_scale = LossScale(context.device) if context.precision.scaled else None
+    runner = PlainRunner(model, plan, context, loss_owner, random, loss_scale)
+    engine = StepEngine(model, plan, context, optimizer, loss_owner, runner, loss_scale, set_rates)
     trained = Trained(engine, strategies, parts.exporter)
     if parts.scheduler is not None:
         scheduler = parts.scheduler

@@ -67,7 +67,15 @@ OTHERS: list[tuple[str, str, Mapping[str, Any], dict[str, int], str]] = [
     (
         "T5ForConditionalGeneration",
         "T5Config",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": 64},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 3,
+            "num_heads": 4,
+            "vocab_size": 64,
+        },
         {"encoder.block": 2, "decoder.block": 3},
         "seq2seq-lm",
     ),

@@ -167,6 +167,8 @@ def test_a_copy_of_the_model_follows_its_own_mode(x: torch.Tensor) -> None:
     assert torch.equal(twin(x), twin[2](twin[1](x)))
 
 
+# torch 2.11's own compiler still uses what torch.jit deprecates on Python 3.12.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 # Dynamo looks at the `grad` of a block's input, which is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
 def test_compiled_blocks_drop_the_same_and_share_one_graph(x: torch.Tensor) -> None:

@@ -125,6 +125,18 @@ def test_tensor_ranks_are_neighbours_and_pipeline_ranks_far_apart() -> None:
     assert mesh.group(0, ("tp", "dp_shard")) == (0, 2, 1, 3)
 
 
+def test_a_factor_is_factored_further() -> None:
+    mesh = (
+        MeshLayout((1, 1, 1, 1, 8))
+        .with_axis(DerivedAxis("row", ("tp",), 4, 2))
+        .with_axis(DerivedAxis("column", ("tp",), 2))
+    )
+    mesh = mesh.with_axis(DerivedAxis("outer", ("row",), 2, 2)).with_axis(DerivedAxis("inner", ("row",), 2))
+    assert mesh.groups("outer") == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert mesh.groups("inner") == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert mesh.group(5, ("column", "outer")) == (0, 4, 1, 5)
+
+
 def test_experts_take_tensor_ranks_first() -> None:
     mesh = MeshLayout((1, 1, 4, 1, 2))
     mesh = mesh.with_axis(DerivedAxis("edp", EXPERT_SOURCES, 2, 4)).with_axis(DerivedAxis("ep", EXPERT_SOURCES, 4))

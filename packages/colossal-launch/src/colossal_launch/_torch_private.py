@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def storage_key(tensor: torch.Tensor) -> int:
     """One number for the memory behind a tensor, views included; for tensors on the meta device too, which have no address."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def written_storages(action: Callable[[], object]) -> set[int]:
     """Keys of the storages that operations write while `action` runs."""
-    with _Writes() as writes:
+    writes = _Writes()
+    with writes:
         action()
     return writes.storages
 

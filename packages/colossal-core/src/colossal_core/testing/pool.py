@@ -24,7 +24,7 @@ from colossal_core.testing.worker import Failure, Job, work
 
 T = TypeVar("T")
 
-PRELOAD = ("torch", "torch.distributed", "pydantic", "pluggy", "colossal_core.testing.parity", "colossal_core.testing.worker")
+PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "colossal_core.config", "colossal_core.testing.parity")
 """Imported once, by the server that ranks are forked from. No tensor is made there: a fork after a parallel region would hang."""
 
 GRACE_SECONDS = 2.0

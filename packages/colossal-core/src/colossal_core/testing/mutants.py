@@ -1,0 +1,270 @@
+"""Planted faults: mistakes that distributed training code really has, each of which the suites and `colossal verify` must reject.
+
+A fault changes what one run does, not the code: it stands between the run and its collectives, or hooks into its step. One process
+is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from colossal_core.collectives import DoneHandle
+from colossal_core.errors import ConfigError, Problem
+from colossal_core.gradients import clip_factor
+from colossal_core.mesh import WORLD
+
+if TYPE_CHECKING:
+    from colossal_core.collectives import Axes, Collectives, Handle, ReduceOp
+    from colossal_core.plan import Plan
+    from colossal_core.strategy import StepView
+    from colossal_core.trained import Trained
+
+ITEMS_TAG = "items"
+CORE_TAGS = (ITEMS_TAG, "loss and norm")
+"""What core itself sums with use `reduce`; every other such sum is of gradients."""
+
+Change = Callable[["Trained"], None]
+Applies = Callable[["Plan"], bool]
+
+
+@dataclass(frozen=True)
+class ReductionFault:
+    """What happens to reductions. of: the gradients of the first bucket, of all, or the count of items. skip: nothing is sent.
+
+    before, after: (tensor, number of ranks, plan) -> None, on what goes in and on what has come out.
+    """
+
+    of: Literal["first gradients", "gradients", "items"]
+    skip: bool = False
+    before: Callable[[torch.Tensor, int, Plan], None] | None = None
+    after: Callable[[torch.Tensor, int, Plan], None] | None = None
+
+
+def _always(plan: Plan) -> bool:
+    return plan.mesh.world_size > 1
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted fault. applies: whether it changes anything under a plan (there is no shard to misplace in stage 0)."""
+
+    name: str
+    summary: str
+    reduction: ReductionFault | None = None
+    hook: Change | None = None
+    applies: Applies = _always
+
+    def wrap_collectives(self, collectives: Collectives, plan: Plan) -> Collectives:
+        """The collectives that the run gets."""
+        if self.reduction is None or not self.applies(plan):
+            return collectives
+        return cast("Collectives", _FaultyCollectives(collectives, self.reduction, plan))
+
+    def change(self, trained: Trained) -> None:
+        """Plants the fault in a run that is about to start."""
+        if self.hook is not None and self.applies(trained.plan):
+            self.hook(trained)
+
+
+def plant(name: str) -> Mutant:
+    """The fault of a name. Raises: ConfigError with the known names."""
+    found = next((mutant for mutant in MUTANTS if mutant.name == name), None)
+    if found is None:
+        known = ", ".join(mutant.name for mutant in MUTANTS)
+        raise ConfigError([Problem("--mutant", "there is no such planted fault", f"use one of {known}", name)])
+    return found
+
+
+class _FaultyCollectives:
+    """Collectives whose sums are wrong in one way; everything else is handed on."""
+
+    def __init__(self, inner: Collectives, fault: ReductionFault, plan: Plan) -> None:
+        self._inner, self._fault, self._plan = inner, fault, plan
+        self._first_tag: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _hit(self, axes: Axes, use: str, tag: str) -> bool:
+        if self._inner.size(axes) == 1 or use != "reduce":
+            return False
+        if self._fault.of == "items":
+            return tag == ITEMS_TAG
+        if tag in CORE_TAGS:
+            return False
+        if self._first_tag is None:
+            self._first_tag = tag
+        return self._fault.of == "gradients" or tag == self._first_tag
+
+    def _run(self, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], axes: Axes, begin: Callable[[], Handle]) -> Handle:
+        fault, ranks = self._fault, self._inner.size(axes)
+        if fault.before is not None:
+            for tensor in given:
+                fault.before(tensor, ranks, self._plan)
+        handle = DoneHandle() if fault.skip else begin()
+        return _Finishing(handle, [lambda t=t: fault.after(t, ranks, self._plan) for t in outputs] if fault.after else [])
+
+    def start_all_reduce(
+        self, tensor: torch.Tensor, axes: Axes, *, op: ReduceOp = "sum", use: str = "reduce", tag: str = ""
+    ) -> Handle:
+        def begin() -> Handle:
+            return self._inner.start_all_reduce(tensor, axes, op=op, use=use, tag=tag)
+
+        return self._run([tensor], [tensor], axes, begin) if self._hit(axes, use, tag) else begin()
+
+    def start_all_reduce_coalesced(
+        self, tensors: Sequence[torch.Tensor], axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
+        def begin() -> Handle:
+            return self._inner.start_all_reduce_coalesced(tensors, axes, use=use, tag=tag)
+
+        return self._run(tensors, tensors, axes, begin) if self._hit(axes, use, tag) else begin()
+
+    def start_reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
+        def begin() -> Handle:
+            return self._inner.start_reduce_scatter(output, tensor, axes, use=use, tag=tag)
+
+        if not self._hit(axes, use, tag):
+            return begin()
+        if self._fault.skip:
+            own = tensor.chunk(self._inner.size(axes))[self._inner.index(axes)]
+            if own.data_ptr() != output.data_ptr():
+                output.copy_(own)
+        return self._run([tensor], [output], axes, begin)
+
+
+class _Finishing:
+    """A handle that does something more when the work is done."""
+
+    def __init__(self, inner: Handle, then: list[Callable[[], None]]) -> None:
+        self._inner, self._then = inner, then
+
+    def wait(self) -> None:
+        self._inner.wait()
+        while self._then:
+            self._then.pop()()
+
+    def is_done(self) -> bool:
+        return self._inner.is_done()
+
+
+def _double(tensor: torch.Tensor, ranks: int, plan: Plan) -> None:
+    del ranks, plan
+    tensor.mul_(2)
+
+
+def _divide(tensor: torch.Tensor, ranks: int, plan: Plan) -> None:
+    del plan
+    tensor.div_(ranks)
+
+
+def _multiply(tensor: torch.Tensor, ranks: int, plan: Plan) -> None:
+    del plan
+    tensor.mul_(ranks)
+
+
+def _clip_alone(tensor: torch.Tensor, ranks: int, plan: Plan) -> None:
+    del ranks
+    max_norm = plan.config.optimizer.max_grad_norm
+    assert max_norm is not None
+    tensor.mul_(clip_factor(tensor.norm(), max_norm))
+
+
+def _shift_shards(trained: Trained) -> None:
+    state = trained._engine.state
+    finish = state.finish_reduce
+
+    def shifted() -> None:
+        finish()
+        for shard in state.shards.values():
+            if shard.layout.state.flat is not None and shard.gradient is not None and shard.gradient.numel() > 1:
+                shard.gradient.copy_(shard.gradient.roll(1))
+
+    vars(state)["finish_reduce"] = shifted
+
+
+def _lose_a_microbatch(trained: Trained) -> None:
+    engine = trained._engine
+    backward = engine._backward
+    lost: list[int] = []
+
+    def forget(view: StepView) -> None:
+        lost.clear()
+
+    def all_but_the_first(loss_sum: torch.Tensor, divisor: torch.Tensor) -> None:
+        if lost:
+            backward(loss_sum, divisor)
+        lost.append(0)
+
+    engine.context.hooks.add("before_step", forget)
+    vars(engine)["_backward"] = all_but_the_first
+
+
+def _keep_old_parameters(trained: Trained) -> None:
+    engine = trained._engine
+    collectives, state = engine.context.collectives, engine.state
+    if collectives.rank != collectives.mesh.size(WORLD) - 1:
+        return
+    old: dict[str, torch.Tensor] = {}
+
+    def remember(view: StepView) -> None:
+        old.update({name: shard.parameter.detach().clone() for name, shard in state.shards.items()})
+
+    def bring_back(view: StepView) -> None:
+        state.wait_published()
+        with torch.no_grad():
+            for name, shard in state.shards.items():
+                shard.parameter.copy_(old[name])
+
+    engine.context.hooks.add("before_optimizer", remember)
+    engine.context.hooks.add("after_step", bring_back)
+
+
+def _everyone_owns(trained: Trained) -> None:
+    for shard in trained._engine.state.shards.values():
+        shard.layout = replace(shard.layout, state=replace(shard.layout.state, replicated=()))
+
+
+def _one_step_ahead(trained: Trained) -> None:
+    for kind, _, tensor in trained._engine.optimizer.state_tensors():
+        if kind.endswith(".step"):
+            tensor.add_(1)
+
+
+def _is_sharded(plan: Plan) -> bool:
+    return _always(plan) and any(layout.state.flat is not None for layout in plan.layouts.values())
+
+
+def _has_copies(plan: Plan) -> bool:
+    trained = (layout for layout in plan.layouts.values() if layout.trainable)
+    return _always(plan) and any(layout.state.replicated for layout in trained)
+
+
+def _clips(plan: Plan) -> bool:
+    return _always(plan) and plan.config.optimizer.max_grad_norm is not None
+
+
+def _is_adamw(plan: Plan) -> bool:
+    return _always(plan) and plan.config.optimizer.name == "adamw"
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("forgotten-all-reduce", "one bucket of gradients is not summed over ranks", ReductionFault("first gradients", skip=True)),
+    Mutant("doubled-gradient", "one bucket of gradients is summed twice", ReductionFault("first gradients", after=_double)),
+    Mutant("mean-of-ranks", "gradients are averaged over ranks instead of summed", ReductionFault("gradients", after=_divide)),
+    Mutant("local-divisor", "each rank divides its loss by its own count", ReductionFault("items", skip=True, before=_multiply)),
+    Mutant("clip-before-sum", "each rank clips its gradients before they are summed", ReductionFault("gradients", before=_clip_alone),
+           applies=_clips),
+    Mutant("shard-off-by-one", "shards hold their neighbour's elements", hook=_shift_shards, applies=_is_sharded),
+    Mutant("lost-microbatch", "one microbatch's gradient is lost", hook=_lose_a_microbatch),
+    Mutant("stale-parameters", "the last rank goes on with the parameters from before the step", hook=_keep_old_parameters),
+    Mutant("doubled-norm", "the norm counts every copy of a shard", hook=_everyone_owns, applies=_has_copies),
+    Mutant("late-bias-correction", "AdamW's bias correction is off by one step", hook=_one_step_ahead, applies=_is_adamw),
+)  # fmt: skip
+"""Every planted fault, by the name that `colossal verify --mutant` takes."""
