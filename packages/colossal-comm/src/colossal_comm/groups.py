@@ -29,13 +29,20 @@ _LEFT = "colossal/left"
 class WorkHandle:
     """Several works of torch.distributed as one handle. Keeps their tensors alive until they are waited for."""
 
-    def __init__(self, works: Sequence[dist.Work | None], tensors: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(
+        self, works: Sequence[dist.Work | None], tensors: Sequence[torch.Tensor], on_failure: Callable[[], None]
+    ) -> None:
         self._works = [work for work in works if work is not None]
         self._tensors = tuple(tensors)
+        self._on_failure = on_failure
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError:
+            self._on_failure()
+            raise
         self._tensors = ()
 
     def is_done(self) -> bool:
@@ -43,16 +50,15 @@ class WorkHandle:
 
 
 class TorchTransport:
-    """Collectives over torch.distributed. store: shared by all ranks; hosts_store: this rank serves it and must leave last."""
+    """Collectives over torch.distributed. store: shared by all ranks."""
 
-    def __init__(
-        self, store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta, hosts_store: bool
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
         self.store = store
         self._rank, self._world_size = rank, world_size
-        self._device, self._timeout, self._hosts_store = device, timeout, hosts_store
+        self._device, self._timeout = device, timeout
         self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
         self._closed = False
+        self._failed = False
 
     def prepare(self, group: Group) -> None:
         self._process_group(group)
@@ -70,15 +76,15 @@ class TorchTransport:
 
     def all_reduce(self, group: Group, tensor: torch.Tensor, op: ReduceOp) -> Handle:
         work = dist.all_reduce(tensor, op=_OPS[op], group=self._process_group(group), async_op=True)
-        return WorkHandle([work], [tensor])
+        return WorkHandle([work], [tensor], self._mark_failed)
 
     def all_gather(self, group: Group, output: torch.Tensor, tensor: torch.Tensor) -> Handle:
         work = _torch_private.all_gather_single(output.view(-1), tensor.view(-1), self._process_group(group))
-        return WorkHandle([work], [output, tensor])
+        return WorkHandle([work], [output, tensor], self._mark_failed)
 
     def reduce_scatter(self, group: Group, output: torch.Tensor, tensor: torch.Tensor) -> Handle:
         work = _torch_private.reduce_scatter_single(output.view(-1), tensor.view(-1), self._process_group(group))
-        return WorkHandle([work], [output, tensor])
+        return WorkHandle([work], [output, tensor], self._mark_failed)
 
     def all_to_all(
         self,
@@ -91,11 +97,11 @@ class TorchTransport:
         work = dist.all_to_all_single(
             output, tensor, list(output_sizes), list(input_sizes), group=self._process_group(group), async_op=True
         )
-        return WorkHandle([work], [output, tensor])
+        return WorkHandle([work], [output, tensor], self._mark_failed)
 
     def broadcast(self, group: Group, tensor: torch.Tensor, source: int) -> Handle:
         work = dist.broadcast(tensor, src=group.ranks[source], group=self._process_group(group), async_op=True)
-        return WorkHandle([work], [tensor])
+        return WorkHandle([work], [tensor], self._mark_failed)
 
     def exchange(self, group: Group, transfers: Sequence[Transfer]) -> Handle:
         process_group = self._process_group(group)
@@ -108,27 +114,32 @@ class TorchTransport:
             )
             for transfer in transfers
         ]
-        return WorkHandle(dist.batch_isend_irecv(operations), [transfer.tensor for transfer in transfers])
+        return WorkHandle(
+            dist.batch_isend_irecv(operations), [transfer.tensor for transfer in transfers], self._mark_failed
+        )
 
     def close(self, grace_seconds: float) -> None:
         if self._closed:
             return
         self._closed = True
         self._groups.clear()
-        _quietly(lambda: self.store.add(_LEFT, 1))
-        deadline = time.monotonic() + grace_seconds
-        while self._hosts_store and time.monotonic() < deadline:
-            # add(key, 0) reads the counter without blocking on a key that is not there yet.
-            if self.store.add(_LEFT, 0) >= self._world_size:
-                break
-            time.sleep(0.005)
+        self._wait_for_the_others(0.0 if self._failed else grace_seconds)
         dist.destroy_process_group()
         del self.store
 
+    def _wait_for_the_others(self, seconds: float) -> None:
+        """Until all ranks are about to leave. A rank that leaves at once would break gloo's handshake with one that is still joining."""
+        deadline = time.monotonic() + seconds
+        pause = 0.001
+        try:
+            arrived = self.store.add(_LEFT, 1)
+            while arrived < self._world_size and time.monotonic() < deadline:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+                # add(key, 0) reads the counter without blocking on a key that is not there yet.
+                arrived = self.store.add(_LEFT, 0)
+        except RuntimeError:
+            return  # the rank that hosts the store has gone, so all have arrived, or it has failed
 
-def _quietly(action: Callable[[], object]) -> None:
-    """Runs what may fail because the rank that hosts the store is already gone: leaving must work then too."""
-    try:
-        action()
-    except RuntimeError:
-        return
+    def _mark_failed(self) -> None:
+        self._failed = True

@@ -134,16 +134,15 @@ def _serve(host: str, listener: socket.socket, timeout: timedelta) -> Store:
     )
 
 
-def open_store(address: StoreAddress, rank: int, world_size: int, timeout: timedelta) -> tuple[Store, bool]:
-    """The store at an address, and whether this rank hosts it."""
+def open_store(address: StoreAddress, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The store at an address; rank 0 hosts it unless somebody else does."""
     from colossal_comm._torch_private import FileStore, PrefixStore, TCPStore
 
     store: Store
-    hosts = False
     if address.path:
         store = FileStore(address.path, world_size)
     elif rank == 0 and not address.hosted:
-        store, hosts = _serve(address.host, bind_socket(address.host, address.port), timeout), True
+        store = _serve(address.host, bind_socket(address.host, address.port), timeout)
     else:
         try:
             store = TCPStore(address.host, address.port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -153,7 +152,7 @@ def open_store(address: StoreAddress, rank: int, world_size: int, timeout: timed
                 "check that rank 0 runs, that the host name means the same on every host, and that no firewall is between them"
             ) from error
     store.set_timeout(timeout)
-    return (PrefixStore(address.prefix, store) if address.prefix else store), hosts
+    return PrefixStore(address.prefix, store) if address.prefix else store
 
 
 def join(
@@ -186,7 +185,7 @@ def join(
         remedy = "leave it first, or do not call torch.distributed.init_process_group yourself"
         raise ConfigError([Problem("torch.distributed", "this process already belongs to a process group", remedy)])
     _select_device(device)
-    store, hosts = open_store(parse_store_address(store_address), rank, mesh.world_size, timeout)
+    store = open_store(parse_store_address(store_address), rank, mesh.world_size, timeout)
     _meet(store, rank, mesh.world_size, timeout)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
@@ -195,7 +194,7 @@ def join(
         world_size=mesh.world_size,
         timeout=timeout,
     )
-    transport = TorchTransport(store, rank, mesh.world_size, device, timeout, hosts)
+    transport = TorchTransport(store, rank, mesh.world_size, device, timeout)
     wanted = debug_wanted(os.environ) if debug is None else debug
     guard = StoreGuard(store, rank, timeout) if wanted else None
     return RankCollectives(mesh, rank, device, Session(transport, Ledger(), guard))
@@ -204,7 +203,8 @@ def join(
 def leave(collectives: RankCollectives, *, grace: timedelta = timedelta(seconds=10)) -> None:
     """Destroys every group and the store; no thread and no socket is left. Calling it again does nothing.
 
-    The rank that hosts the store waits up to `grace` for the others to leave before it; pass zero when the run has failed.
+    Waits up to `grace` for the others to leave too (a rank may still be connecting, or reading the store that this one hosts), but not
+    after a collective has failed. Pass zero when the run has failed for another reason.
     """
     collectives.close(grace)
 

@@ -18,7 +18,8 @@ NUM_SAMPLES = 16_000  # of sound: one second at the usual rate, long enough for 
 def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -> dict[str, object] | None:
     """What to trace with: the user's example, or one made from a transformers config; only keys that `forward` takes; None: unknown.
 
-    Labels are left out where they may be: the blocks do not need them, and a loss may look at values, which meta tensors have not.
+    Labels are left out where they may be, and so is a router's balance loss: the blocks do not need them, and a loss may look at values,
+    which meta tensors have not.
     """
     batch = example_batch if example_batch is not None else _from_config(model)
     if batch is None:
@@ -28,8 +29,8 @@ def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -
     kept: dict[str, object] = {key: value for key, value in batch.items() if takes_any or key in taken}
     if "labels" in taken and taken["labels"].default is not inspect.Parameter.empty:
         kept.pop("labels", None)
-    if "use_cache" in taken and is_transformers_model(model):
-        kept["use_cache"] = False
+    if is_transformers_model(model):
+        kept.update({switch: False for switch in ("use_cache", "output_router_logits") if switch in taken})
     return kept
 
 

@@ -54,7 +54,8 @@ def tensor_plan(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 def expert_plan(model: nn.Module) -> tuple[tuple[str, str], ...]:
     """The model's expert-parallel plan as (pattern, our style), in its order; empty for a model without one."""
-    return _normalised(getattr(model, "ep_plan", None), model)
+    plan = getattr(model, "ep_plan", None)  # from 5.23; in 5.17 it is kept, but shown only once expert parallelism is switched on
+    return _normalised(plan if plan is not None else getattr(model, "_ep_plan", None), model)
 
 
 def unknown_styles(plan: tuple[tuple[str, str], ...]) -> tuple[str, ...]:

@@ -177,6 +177,7 @@ def test_a_group_that_runs_three_times_is_one_repeated_block() -> None:
 def test_facts_of_a_mixture_of_experts() -> None:
     anatomy = examine(causal("mixtral", {**GROUPED, "num_local_experts": 4, "output_router_logits": True}))
     assert anatomy.auxiliary_loss
+    assert anatomy.untraced == ""
     assert anatomy.attention == tuple(f"model.layers.{index}.self_attn" for index in range(3))
     assert anatomy.experts == tuple(f"model.layers.{index}.mlp.experts" for index in range(3))
     assert (anatomy.num_heads, anatomy.num_key_value_heads) == (4, 2)

@@ -1,0 +1,31 @@
+"""Suites state what every plugin must do, so a subclass states facts and may add tests, but not change or remove one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+
+
+class SealedSuite:
+    """The parent of every suite: refuses a subclass that redefines one of its tests, when the class is made and again when it runs."""
+
+    _sealed: ClassVar[dict[str, Callable[..., Any]]] = {}
+
+    def __init_subclass__(cls, *, suite: bool = False) -> None:
+        super().__init_subclass__()
+        changed = [name for name in cls._sealed if name in vars(cls)]
+        if changed:
+            message = f"{cls.__name__} redefines {', '.join(changed)}: a suite's tests cannot be changed or removed; state facts, or add tests"
+            raise TypeError(message)
+        if suite:
+            tests = {name: value for name, value in vars(cls).items() if name.startswith("test_") and callable(value)}
+            cls._sealed = {**cls._sealed, **tests}
+
+    @pytest.fixture(autouse=True)
+    def _refuse_changes(self) -> None:
+        """Also when a test was replaced or deleted after the class was made."""
+        for name, original in type(self)._sealed.items():
+            if getattr(type(self), name, None) is not original:
+                pytest.fail(f"{type(self).__name__}.{name} was changed or removed: a suite's tests cannot be", pytrace=False)

@@ -1,0 +1,51 @@
+"""Stages 0 and 1 through core's conformance kit."""
+
+from __future__ import annotations
+
+from colossal_core.testing.suites import CheckpointSuite, StrategySuite, WrongConfig
+
+AXES = ("dp_replicate", "dp_shard", "cp")
+SMALL = 9000
+"""Bytes: the tiny model then has several buckets, and parameters that are larger than one."""
+
+
+class TestStage0(StrategySuite):
+    name = "zero"
+    plugin = "zero"
+    section = "parallel.zero"
+    config = {"stage": 0, "bucket_bytes": SMALL}
+    axes = AXES
+    world_sizes = (1, 2, 4)
+    wrong_configs = (
+        WrongConfig({"stage": 3}, "parallel.zero.stage"),
+        WrongConfig({"stage": 1, "replicate": 3}, "parallel", world_size=2),
+    )
+
+
+class TestStage1(StrategySuite):
+    name = "zero"
+    plugin = "zero"
+    section = "parallel.zero"
+    config = {"stage": 1, "bucket_bytes": SMALL}
+    axes = AXES
+    world_sizes = (1, 2, 4)
+    estimate_slack = 0.1  # a shard of a bucket may hold less padding than another
+
+
+class TestHybridSharding(StrategySuite):
+    name = "zero"
+    plugin = "zero"
+    section = "parallel.zero"
+    config = {"stage": 1, "replicate": 2, "bucket_bytes": SMALL}
+    axes = AXES
+    world_sizes = (2, 4)
+    estimate_slack = 0.1
+
+
+class TestShardedAdamWIsSaved(CheckpointSuite):
+    """Written by stage 1 on four ranks, read by stage 0 on two, and the other way round."""
+
+    kinds = ("adamw.exp_avg", "adamw.exp_avg_sq", "adamw.step")
+    save_config = {"parallel.zero": {"stage": 1, "bucket_bytes": SMALL}}
+    load_config = {"parallel.zero": {"stage": 0}}
+    meshes = ((4, 2), (2, 4), (4, 1))
