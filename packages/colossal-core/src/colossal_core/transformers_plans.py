@@ -54,7 +54,8 @@ def tensor_plan(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 def expert_plan(model: nn.Module) -> tuple[tuple[str, str], ...]:
     """The model's expert-parallel plan as (pattern, our style), in its order; empty for a model without one."""
-    plan = getattr(model, "ep_plan", None)  # from 5.23; in 5.17 it is kept, but shown only once expert parallelism is switched on
+    # 5.17 has no such property: its `tp_plan` shows the expert plan instead once expert parallelism is switched on.
+    plan = getattr(model, "ep_plan", None)
     return _normalised(plan if plan is not None else getattr(model, "_ep_plan", None), model)
 
 
