@@ -1,4 +1,4 @@
-"""The one place where names of torch that are private or differ between versions are touched. Tried on torch 2.11 and 2.13.
+"""The one place where names of torch that are private or differ between versions are touched. Tried on torch 2.13.0 (CPU, gloo).
 
 - `all_gather_single` and `reduce_scatter_single` (torch 2.13) replace `all_gather_into_tensor` and `reduce_scatter_tensor`, which now
   emit FutureWarning.

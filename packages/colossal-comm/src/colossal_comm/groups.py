@@ -52,9 +52,9 @@ class WorkHandle:
 class TorchTransport:
     """Collectives over torch.distributed. store: shared by all ranks."""
 
-    def __init__(self, store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, store: Store, world_size: int, device: torch.device, timeout: timedelta) -> None:
         self.store = store
-        self._rank, self._world_size = rank, world_size
+        self._world_size = world_size
         self._device, self._timeout = device, timeout
         self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
         self._closed = False
@@ -68,9 +68,13 @@ class TorchTransport:
             raise RuntimeError("this rank has left the group (colossal_comm.leave was called)")
         found = self._groups.get(group.communicator)
         if found is None:
-            found = _torch_private.new_named_group(
-                group.ranks, group.index, group.name, self.store, self._timeout, self._device
-            )
+            try:
+                found = _torch_private.new_named_group(
+                    group.ranks, group.index, group.name, self.store, self._timeout, self._device
+                )
+            except RuntimeError:
+                self._mark_failed()
+                raise
             self._groups[group.communicator] = found
         return found
 

@@ -88,10 +88,10 @@ class _World:
             raise _Stopped
         if ready():
             return
-        names = "{" + ", ".join(str(rank) for rank in missing()) + "}"
-        if in_time:
-            raise CommunicationError(f"ranks {names} never reached {what}: one of them has already finished")
-        raise CommunicationError(f"ranks {names} never reached {what} within {self.timeout_seconds:g} s")
+        gone = [rank for rank in missing() if rank in self.finished] if in_time else missing()
+        names = "{" + ", ".join(str(rank) for rank in gone) + "}"
+        why = "before their function ended" if in_time else f"within {self.timeout_seconds:g} s"
+        raise CommunicationError(f"ranks {names} never reached {what} {why}")
 
 
 class _MeetingHandle:

@@ -187,14 +187,20 @@ def join(
     _select_device(device)
     store = open_store(parse_store_address(store_address), rank, mesh.world_size, timeout)
     _meet(store, rank, mesh.world_size, timeout)
-    dist.init_process_group(
-        dist.get_default_backend_for_device(device),
-        store=PrefixStore("colossal.world", store),
-        rank=rank,
-        world_size=mesh.world_size,
-        timeout=timeout,
-    )
-    transport = TorchTransport(store, rank, mesh.world_size, device, timeout)
+    try:
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            store=PrefixStore("colossal.world", store),
+            rank=rank,
+            world_size=mesh.world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CommunicationError(
+            f"rank {rank} could not connect to the other {mesh.world_size - 1}: {reason}: look at their own messages"
+        ) from error
+    transport = TorchTransport(store, mesh.world_size, device, timeout)
     wanted = debug_wanted(os.environ) if debug is None else debug
     guard = StoreGuard(store, rank, timeout) if wanted else None
     return RankCollectives(mesh, rank, device, Session(transport, Ledger(), guard))

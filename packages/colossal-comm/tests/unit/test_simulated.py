@@ -47,8 +47,8 @@ def test_a_rank_that_finished_is_not_waited_for() -> None:
             collectives.start_all_reduce(torch.ones(2), "dp").wait()
 
     message = (
-        "ranks {2} never reached all_reduce sum of float32 (2,) #0 of ranks [0, 1, 2] (use 'reduce'): "
-        "one of them has already finished"
+        "ranks {2} never reached all_reduce sum of float32 (2,) #0 of ranks [0, 1, 2] (use 'reduce') "
+        "before their function ended"
     )
     with pytest.raises(CommunicationError, match=f"^{re.escape(message)}$"):
         run_simulated(MESH, leaves_early)

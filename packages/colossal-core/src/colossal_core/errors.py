@@ -7,10 +7,15 @@ starts, 1 for a run that failed after.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_UNSET = object()
+
+class _Unset(enum.Enum):
+    """Stands for no value. An enum, because its member is the same object after it was pickled on the way from another process."""
+
+    UNSET = "unset"
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,10 @@ class Problem:
     field: str
     reason: str
     remedy: str
-    value: object = _UNSET  # compared by identity below, so that None can be a value
+    value: object = _Unset.UNSET  # so that None can be a value
 
     def __str__(self) -> str:
-        given = "" if self.value is _UNSET else f"={self.value!r}"
+        given = "" if self.value is _Unset.UNSET else f"={self.value!r}"
         return f"{self.field}{given}: {self.reason}: {self.remedy}"
 
 

@@ -149,6 +149,11 @@ class MeshLayout:
         assert len(set(found)) == len(found), f"axis {name} has one of {found} twice"
         return tuple(found), axis.stride
 
+    def base_axes(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """The base axes that `axes` are read off, outermost first; a sharing set is read off `pp`."""
+        found = {base for axis in axes for base in (("pp",) if self._shared(axis) else self._digit(axis)[0])}
+        return tuple(axis for axis in BASE_AXES if axis in found)
+
     def group(self, rank: int, axes: str | Sequence[str]) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axes`, ordered by their flat index over `axes` (as given, row-major)."""
         axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if self.size(axis) > 1)

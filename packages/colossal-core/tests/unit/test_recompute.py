@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from colossal_core.anatomy import ModelAnatomy
+from colossal_core.collectives import SingleProcess
 from colossal_core.config import build_config_class, parse_config
 from colossal_core.config.sections import RecomputeConfig
 from colossal_core.estimate import EstimateTable, HardwareProfile, ModelSize
@@ -22,6 +23,7 @@ from colossal_core.mesh import MeshLayout
 from colossal_core.recompute import Recomputation, Recompute, install, recompute_spec
 from colossal_core.selective import BlockTrace, Decision, Operation, decide, trace_block
 from colossal_core.strategy import Phase
+from colossal_core.testing.parity import RunSpec, prepare, record_run
 
 
 class Layer(nn.Module):
@@ -256,3 +258,32 @@ def test_estimate(
     found = Recompute(config(**section)).estimate(table(rows), profile)
     np.testing.assert_allclose(found.column("activation_bytes_per_microbatch"), activations, rtol=1e-12)
     np.testing.assert_allclose(found.column("compute_seconds"), seconds, rtol=1e-12)
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="core works without transformers; this is its model")
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 64}
+    dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.2, "embd_pdrop": 0.2}
+    config = transformers.GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def tokens(step: int, num_sequences: int) -> dict[str, Tensor]:
+    drawn = torch.randint(0, 64, (num_sequences, 8), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": drawn, "labels": drawn}
+
+
+@pytest.mark.parametrize("section", [{"mode": "full"}, {"mode": "selective"}], ids=str)
+def test_a_whole_run_is_the_same_with_keyed_dropout_and_accumulation(section: dict[str, Any]) -> None:
+    run = {"batch": {"global_size": 4, "micro_size": 2}, "precision": "fp64", "train": {"num_steps": 2}}
+    alone = SingleProcess(torch.device("cpu"))
+    plain = RunSpec(run, gpt2, tokens, num_steps=2)
+    recomputed = plain.with_overrides({"recompute": section})
+    assert prepare(recomputed, 1).plan.decisions == {
+        "recompute": dict.fromkeys(("transformer.h.0", "transformer.h.1"), section["mode"])
+    }
+    mine, its = record_run(recomputed, alone), record_run(plain, alone)
+    assert [step.loss for step in mine.steps] == [step.loss for step in its.steps]
+    assert all(torch.equal(parameter, its.parameters[name]) for name, parameter in mine.parameters.items())

@@ -29,7 +29,7 @@ class TestStage1(StrategySuite):
     config = {"stage": 1, "bucket_bytes": SMALL}
     axes = AXES
     world_sizes = (1, 2, 4)
-    estimate_slack = 0.1  # a shard of a bucket may hold less padding than another
+    estimate_slack = 0.2  # of a small bucket the padding is no small part, and the last rank has it all
 
 
 class TestHybridSharding(StrategySuite):
@@ -39,7 +39,7 @@ class TestHybridSharding(StrategySuite):
     config = {"stage": 1, "replicate": 2, "bucket_bytes": SMALL}
     axes = AXES
     world_sizes = (2, 4)
-    estimate_slack = 0.1
+    estimate_slack = 0.2
 
 
 class TestShardedAdamWIsSaved(CheckpointSuite):

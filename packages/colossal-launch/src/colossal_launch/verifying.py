@@ -1,0 +1,140 @@
+"""What `colossal verify` compares: the config's model, shrunk, on made-up batches. Builders are data, so that every rank can repeat them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from colossal_core.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from colossal_core.testing.parity import RunSpec
+    from torch import nn
+
+    from colossal_launch.assembly import Setup
+
+FUSED_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob", "attention_dropout_prob")
+"""Config keys of dropout inside attention, where a fused kernel draws the numbers: no key of ours reaches them."""
+
+SEQUENCE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class ShrunkModel:
+    """Builds the shrunk transformers model of a config, with real random weights. settings: the `model` section, as JSON."""
+
+    settings: str
+    vocab_size: int
+
+    def config(self) -> Any:
+        """The shrunk transformers config, and dropout inside attention turned off."""
+        from colossal_core.config import ModelConfig
+
+        from colossal_launch.models.architecture import make_config
+        from colossal_launch.models.shrink import shrink_config
+
+        section = ModelConfig.model_validate_json(self.settings)
+        if section.architecture is not None:
+            full = make_config(section.architecture, section.config, vocab_size=self.vocab_size, eos_id=None)
+        else:
+            from transformers import AutoConfig
+
+            full = AutoConfig.from_pretrained(section.pretrained, **section.config)
+        small = shrink_config(full, section.verify_config)
+        for key in FUSED_DROPOUT_KEYS:
+            if getattr(small, key, 0.0):
+                setattr(small, key, 0.0)
+        return small
+
+    def __call__(self) -> nn.Module:
+        from colossal_launch.models.architecture import quiet_transformers, training_class
+
+        small = self.config()
+        with quiet_transformers():
+            return training_class(small)._from_config(small)  # type: ignore[attr-defined,no-any-return]
+
+
+@dataclass(frozen=True)
+class FactoryModel:
+    """Builds the model of `model.factory` with its config and `verify_config`."""
+
+    factory: str
+    config: str
+
+    def __call__(self) -> nn.Module:
+        from colossal_launch.models.building import import_function
+
+        model: nn.Module = import_function(self.factory, "model.factory")(**json.loads(self.config))
+        return model
+
+
+@dataclass(frozen=True)
+class ExampleBatches:
+    """Calls `model.example_batch` with a number of sequences, under a seed for each step."""
+
+    function: str
+
+    def __call__(self, step: int, num_sequences: int) -> Mapping[str, torch.Tensor]:
+        import torch
+
+        from colossal_launch.models.building import import_function
+
+        torch.manual_seed(step)
+        batch: Mapping[str, torch.Tensor] = import_function(self.function, "model.example_batch")(num_sequences)
+        return batch
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A run to verify, and what the reader must know about it."""
+
+    spec: RunSpec
+    notes: tuple[str, ...]
+
+
+def verification_of(setup: Setup) -> Verification:
+    """The run that stands for a config: its model shrunk, three steps, float64. Raises ConfigError where no batch can be made."""
+    from colossal_core.testing.models import TokenBatches
+    from colossal_core.testing.parity import RunSpec
+
+    section = setup.config.model
+    if section is None:
+        raise ConfigError([Problem("model", "is required", "add `model: {architecture: llama}`")])
+    config = setup.config.model_dump(mode="json", exclude_unset=True, exclude={"model", "data", "checkpoint", "train"})
+    if section.factory is not None:
+        if section.example_batch is None:
+            reason = "is needed to verify a factory's model"
+            remedy = "name a function of (num_sequences) that returns a batch: `my_pkg:batch`"
+            raise ConfigError([Problem("model.example_batch", reason, remedy)])
+        merged = {**section.config, **(section.verify_config or {})}
+        model: Any = FactoryModel(section.factory, json.dumps(merged))
+        notes = () if section.verify_config else ("the model runs unshrunk: model.verify_config can make it smaller",)
+        spec = RunSpec(config, model, ExampleBatches(section.example_batch), loss_fn=section.loss)
+        return Verification(spec, notes)
+    size = 257 if setup.config.data is not None and setup.config.data.tokenizer == "bytes" else 4096
+    shrunk = ShrunkModel(section.model_dump_json(exclude_unset=True), size)
+    small = shrunk.config()
+    text = small.get_text_config()
+    vocab_size = getattr(text, "vocab_size", None)
+    if vocab_size is None:
+        reason = f"verify makes batches of tokens, and {small.model_type} takes none"
+        raise ConfigError([Problem("model.architecture", reason, "wrap it as model.factory with model.example_batch", small.model_type)])
+    spec = RunSpec(config, shrunk, TokenBatches(vocab_size, SEQUENCE_LENGTH), loss_fn=section.loss)
+    return Verification(spec, tuple(_notes(shrunk, small)))
+
+
+def _notes(shrunk: ShrunkModel, small: Any) -> list[str]:
+    module = shrunk()
+    count = sum(parameter.numel() for parameter in module.parameters())
+    notes = [f"{type(module).__name__}, shrunk to {count:,} parameters"]
+    from colossal_core.config import ModelConfig
+
+    section = ModelConfig.model_validate_json(shrunk.settings)
+    asked = {**(type(small)().to_dict()), **section.config}
+    off = [key for key in FUSED_DROPOUT_KEYS if isinstance(asked.get(key), float) and asked[key] > 0]
+    if off:
+        notes.append(f"{', '.join(off)} is compared at 0: a fused attention kernel draws its numbers by microbatch, not by sample")
+    return notes
