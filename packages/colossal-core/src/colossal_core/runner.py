@@ -92,9 +92,9 @@ class PlainRunner:
             return self._loss_owner(self._model, batches.cut(batch, microbatch, plan.micro_size))
 
     def _backward(self, loss_sum: torch.Tensor, divisor: torch.Tensor) -> None:
+        if self._loss_scale is not None:  # in float32: the first scale, 65536, is infinite in float16
+            loss_sum = loss_sum.to(self._loss_scale.scale.dtype) * self._loss_scale.scale
         scaled = loss_sum / divisor.to(loss_sum.dtype)
-        if self._loss_scale is not None:
-            scaled = scaled * self._loss_scale.scale.to(scaled.dtype)
         with lifted(self._context):
             scaled.backward()  # type: ignore[no-untyped-call]
 

@@ -13,12 +13,13 @@ from colossal_core.plugins import Plugins, discover
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
     from colossal_core.anatomy import ModelAnatomy
     from colossal_core.errors import Problem
     from colossal_core.ops import OpTable
     from colossal_core.plan import Plan
     from colossal_core.strategy import Strategy
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def assemble(
 ) -> Assembly:
     """The plan of a model (its parameters may be on the meta device). No process group, no GPU.
 
+    example_batch: of the model's forward; None: what `model.example_batch` names, or none (transformers' models need none).
     own_optimizer: the user hands one to `boost`, so that the `optimizer` section is not its recipe.
 
     Raises: ConfigError with every problem of every strategy.
@@ -75,10 +77,24 @@ def assemble(
     problems = list(known_problems)
     if not own_optimizer:
         problems += optimizer_problems(config, setup.plugins.optimizers())
-    anatomy = examine(model, example_batch)
+    anatomy = examine(model, example_batch if example_batch is not None else _configured_batch(config))
     dtype = str(precision(config.precision).compute).removeprefix("torch.")
     ops = build_op_table(setup.plugins.ops(), device_type, dtype)
     strategies = setup.plugins.active(config)
     sizes = setup.plugins.axis_sizes(config)
     plan = make_plan(config, anatomy, strategies, sizes, ops, world_size=world_size, known_problems=problems)
     return Assembly(plan, anatomy, strategies, ops)
+
+
+def _configured_batch(config: TrainConfig) -> Mapping[str, torch.Tensor] | None:
+    """The batch of two sequences of `model.example_batch`. The random state is left as it was."""
+    if config.model is None or config.model.example_batch is None:
+        return None
+    import torch
+
+    from colossal_launch.models.building import import_function
+
+    function = import_function(config.model.example_batch, "model.example_batch")
+    with torch.random.fork_rng(devices=[]):
+        batch: Mapping[str, torch.Tensor] = function(2)
+    return batch

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 from colossal_core.config import TrainConfig
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.plan import DATA_AXES
-
 from colossal_launch import session
 from colossal_launch.assembly import Assembly, assemble, read_setup
-from colossal_launch.exporting import HuggingFaceExporter
 from colossal_launch.data.loader import BatchShare, DistributedLoader, MapDataset
+from colossal_launch.exporting import HuggingFaceExporter
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
     from colossal_core.loss import LossFunction
     from colossal_core.optimizers import OptimizerFactory
     from colossal_core.trained import Trained
-    from torch import nn
-
     from colossal_launch.models.weights import WeightSource
 
 
@@ -86,7 +85,9 @@ class Booster:
             return session.choose_device(asked, 0)
         if asked not in ("auto", joined.type):
             reason = f"the group was joined on {joined.type}"
-            raise ConfigError([Problem("train.device", reason, f"call launch(device={asked!r}), or leave it out", asked)])
+            raise ConfigError(
+                [Problem("train.device", reason, f"call launch(device={asked!r}), or leave it out", asked)]
+            )
         return joined
 
     def _assemble(self, model: nn.Module, device: torch.device, own_optimizer: bool) -> Assembly:

@@ -18,9 +18,13 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError([Problem("CONFIG", "there is no such file", "give the path of a YAML file", str(path))]) from None
+        raise ConfigError(
+            [Problem("CONFIG", "there is no such file", "give the path of a YAML file", str(path))]
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem("CONFIG", f"cannot be read ({error})", "give a readable YAML file", str(path))]) from None
+        raise ConfigError(
+            [Problem("CONFIG", f"cannot be read ({error})", "give a readable YAML file", str(path))]
+        ) from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -28,7 +32,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError([Problem("CONFIG", f"is not YAML ({where})", "correct the line", str(path))]) from None
     if not isinstance(data, dict):
         found = type(data).__name__
-        raise ConfigError([Problem("CONFIG", f"holds a {found}, not sections", "write `section: {key: value}`", str(path))])
+        raise ConfigError(
+            [Problem("CONFIG", f"holds a {found}, not sections", "write `section: {key: value}`", str(path))]
+        )
     return data
 
 
@@ -43,7 +49,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
-            raise ConfigError([Problem("--set", "is not section.key=value", "write `--set batch.micro_size=4`", override)])
+            raise ConfigError(
+                [Problem("--set", "is not section.key=value", "write `--set batch.micro_size=4`", override)]
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -55,7 +63,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             if inner is None:
                 inner = target[section] = {}
             if not isinstance(inner, dict):
-                raise ConfigError([Problem("--set", f"{section} is {inner!r}, not a section", "set it as a whole", override)])
+                raise ConfigError(
+                    [Problem("--set", f"{section} is {inner!r}, not a section", "set it as a whole", override)]
+                )
             target = inner
         target[key] = value
     return changed

@@ -11,8 +11,9 @@ from colossal_core.errors import ColossalError
 
 if TYPE_CHECKING:
     import torch
-    from colossal_core.trained import Trained
     from torch import nn
+
+    from colossal_core.trained import Trained
 
 
 class HuggingFaceExporter:
@@ -26,7 +27,6 @@ class HuggingFaceExporter:
     def __call__(self, trained: Trained, directory: Path, dtype: torch.dtype | None) -> None:
         """Collective: every rank calls it. Communication: an all-gather of each parameter. Raises ColossalError without a config."""
         from colossal_core.mesh import WORLD
-
         from colossal_launch.models.export import write_hf_folder
 
         if self._config is None:

@@ -11,6 +11,7 @@ from colossal_core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import torch
+
     from colossal_comm.collectives import RankCollectives
     from colossal_core.mesh import MeshLayout
 
@@ -82,7 +83,9 @@ def collectives_for(mesh: MeshLayout, device: torch.device) -> RankCollectives:
     joined = _joined.collectives
     if joined.mesh.world_size != mesh.world_size:
         reason = f"the plan is for {mesh.world_size} ranks and the group has {joined.mesh.world_size}"
-        raise ConfigError([Problem("parallel", reason, "call colossal_launch.launch() before Booster, in every process")])
+        raise ConfigError(
+            [Problem("parallel", reason, "call colossal_launch.launch() before Booster, in every process")]
+        )
     return joined.with_mesh(mesh)
 
 
@@ -109,11 +112,15 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     found = torch.accelerator.current_accelerator() if available else None
     if found is None or (name != "auto" and found.type != name):
         has = found.type if found is not None else "only a CPU"
-        raise ConfigError([Problem("train.device", f"torch finds {has}", "use auto or cpu, or install torch for it", name)])
+        raise ConfigError(
+            [Problem("train.device", f"torch finds {has}", "use auto or cpu, or install torch for it", name)]
+        )
     count = torch.accelerator.device_count()
     if local_rank >= count:
         reason = f"local rank {local_rank} has no device of its own: this host has {count}"
-        raise ConfigError([Problem("--processes", reason, f"start at most {count} processes here, or set train.device: cpu")])
+        raise ConfigError(
+            [Problem("--processes", reason, f"start at most {count} processes here, or set train.device: cpu")]
+        )
     return torch.device(found.type, local_rank)
 
 

@@ -11,12 +11,18 @@ from colossal_core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import torch
-    from colossal_core.testing.parity import RunSpec
     from torch import nn
 
+    from colossal_core.testing.parity import RunSpec
     from colossal_launch.assembly import Setup
 
-FUSED_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob", "attention_dropout_prob")
+FUSED_DROPOUT_KEYS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "attn_dropout",
+    "attention_probs_dropout_prob",
+    "attention_dropout_prob",
+)
 """Config keys of dropout inside attention, where a fused kernel draws the numbers: no key of ours reaches them."""
 
 SEQUENCE_LENGTH = 16
@@ -32,7 +38,6 @@ class ShrunkModel:
     def config(self) -> Any:
         """The shrunk transformers config, and dropout inside attention turned off."""
         from colossal_core.config import ModelConfig
-
         from colossal_launch.models.architecture import make_config
         from colossal_launch.models.shrink import shrink_config
 
@@ -121,7 +126,13 @@ def verification_of(setup: Setup) -> Verification:
     vocab_size = getattr(text, "vocab_size", None)
     if vocab_size is None:
         reason = f"verify makes batches of tokens, and {small.model_type} takes none"
-        raise ConfigError([Problem("model.architecture", reason, "wrap it as model.factory with model.example_batch", small.model_type)])
+        raise ConfigError(
+            [
+                Problem(
+                    "model.architecture", reason, "wrap it as model.factory with model.example_batch", small.model_type
+                )
+            ]
+        )
     spec = RunSpec(config, shrunk, TokenBatches(vocab_size, SEQUENCE_LENGTH), loss_fn=section.loss)
     return Verification(spec, tuple(_notes(shrunk, small)))
 
@@ -136,5 +147,7 @@ def _notes(shrunk: ShrunkModel, small: Any) -> list[str]:
     asked = {**(type(small)().to_dict()), **section.config}
     off = [key for key in FUSED_DROPOUT_KEYS if isinstance(asked.get(key), float) and asked[key] > 0]
     if off:
-        notes.append(f"{', '.join(off)} is compared at 0: a fused attention kernel draws its numbers by microbatch, not by sample")
+        notes.append(
+            f"{', '.join(off)} is compared at 0: a fused attention kernel draws its numbers by microbatch, not by sample"
+        )
     return notes

@@ -190,20 +190,21 @@ def _shift_shards(trained: Trained) -> None:
 
 
 def _lose_a_microbatch(trained: Trained) -> None:
-    engine = trained._engine
-    backward = engine._backward
-    lost: list[int] = []
+    state = trained._engine.state
+    begin = state.begin_backward
+    num_begun = [0]
 
     def forget(view: StepView) -> None:
-        lost.clear()
+        num_begun[0] = 0
 
-    def all_but_the_first(loss_sum: torch.Tensor, divisor: torch.Tensor) -> None:
-        if lost:
-            backward(loss_sum, divisor)
-        lost.append(0)
+    def after_clearing(*, last: bool) -> None:
+        if num_begun[0] == 1:
+            state.begin_step()
+        num_begun[0] += 1
+        begin(last=last)
 
-    engine.context.hooks.add("before_step", forget)
-    vars(engine)["_backward"] = all_but_the_first
+    trained._engine.context.hooks.add("before_step", forget)
+    vars(state)["begin_backward"] = after_clearing
 
 
 def _keep_old_parameters(trained: Trained) -> None:
@@ -246,6 +247,10 @@ def _has_copies(plan: Plan) -> bool:
     return _always(plan) and any(layout.state.replicated for layout in trained)
 
 
+def _accumulates(plan: Plan) -> bool:
+    return _always(plan) and plan.batch.num_microbatches > 1
+
+
 def _clips(plan: Plan) -> bool:
     return _always(plan) and plan.config.optimizer.max_grad_norm is not None
 
@@ -262,7 +267,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("clip-before-sum", "each rank clips its gradients before they are summed", ReductionFault("gradients", before=_clip_alone),
            applies=_clips),
     Mutant("shard-off-by-one", "shards hold their neighbour's elements", hook=_shift_shards, applies=_is_sharded),
-    Mutant("lost-microbatch", "one microbatch's gradient is lost", hook=_lose_a_microbatch),
+    Mutant("lost-microbatch", "gradients are cleared after the first microbatch", hook=_lose_a_microbatch, applies=_accumulates),
     Mutant("stale-parameters", "the last rank goes on with the parameters from before the step", hook=_keep_old_parameters),
     Mutant("doubled-norm", "the norm counts every copy of a shard", hook=_everyone_owns, applies=_has_copies),
     Mutant("late-bias-correction", "AdamW's bias correction is off by one step", hook=_one_step_ahead, applies=_is_adamw),

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_core import batch as batches
-from colossal_core.gradients import sum_over_world
+from colossal_core.mesh import WORLD
 from colossal_core.plan import DATA_AXES
-from colossal_core.step import lifted
 from colossal_core.testing.difference import relative_difference
 
 if TYPE_CHECKING:
@@ -24,23 +23,25 @@ def loss_difference(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> fl
     It shows that the ranks hold the same model and that the loss is divided by the items of the global batch. Gradients and states
     are compared by `colossal verify`. Where ranks differ along other axes than the data's, both sides run through these axes.
 
-    Communication: one gather of the batch over the data axes, and the loss's all-reduce.
+    Communication: one gather of the batch over the data axes, and the loss's all-reduces.
     """
     split = engine.eval_step(batch).loss
-    whole = _gathered(engine, batches.to_device(batch, engine.context.device, engine.context.precision.compute))
-    micro, size = engine.plan.batch.micro_size, next(iter(whole.values())).shape[0]
     training = engine.model.training
     engine.model.eval()
     try:
-        with torch.no_grad(), lifted(engine.context):
-            parts = [engine.loss_owner(engine.model, batches.cut(whole, index, micro)) for index in range(-(-size // micro))]
+        parts = engine.runner.evaluate(engine._on_device(_gathered(engine, batch)))
     finally:
         engine.model.train(training)
-    total = torch.stack([part.sum.to(torch.float64) for part in parts]).sum()
-    items = torch.stack([part.items for part in parts]).sum().clamp(min=1.0)
-    worst = torch.tensor(relative_difference(total / items, split), dtype=torch.float64, device=engine.context.device)
-    squares = sum_over_world([worst.square()], engine.context.collectives, torch.float64)
-    return float(squares[0].sqrt())
+    device, collectives = engine.context.device, engine.context.collectives
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for part in parts:
+        sums += torch.stack([part.sum.to(device, torch.float64), part.items.to(device, torch.float64)])
+    for axis in ("cp", "pp"):  # along which the loss of one batch is a sum; the ranks of `tp` each have all of it
+        if collectives.size(axis) > 1:
+            collectives.start_all_reduce(sums, axis, tag="verify").wait()
+    worst = torch.tensor(relative_difference(sums[0] / sums[1].clamp(min=1.0), split), dtype=torch.float64, device=device)
+    collectives.start_all_reduce(worst, WORLD, op="max", tag="verify").wait()
+    return float(worst)
 
 
 def _gathered(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -48,7 +49,7 @@ def _gathered(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> dict[str
     collectives = engine.context.collectives
     size = collectives.size(DATA_AXES)
     whole = {}
-    for key, value in batch.items():
+    for key, value in batches.to_device(batch, engine.context.device, engine.context.precision.compute).items():
         shapes = collectives.gather_bytes(json.dumps(list(value.shape)).encode(), DATA_AXES, tag="verify")
         assert len(set(shapes)) == 1, f"batch.{key}: the ranks hand over different shapes: {[shape.decode() for shape in shapes]}"
         output = torch.empty((size * value.shape[0], *value.shape[1:]), dtype=value.dtype, device=value.device)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
-from colossal_core.errors import ColossalError
 
+from colossal_core.errors import ColossalError
 from colossal_launch.cli import bench, convert, doctor, plan, plugins, script, train, verify
+from colossal_launch.cli.console import complain
 
 application = typer.Typer(
     name="colossal",
@@ -29,34 +34,48 @@ application.command("convert")(convert.convert)
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Runs one verb. `--debug` anywhere shows tracebacks."""
+    """Runs one verb and leaves with its exit status. `--debug` anywhere shows tracebacks."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
     try:
-        status = application(given, standalone_mode=False, prog_name="colossal")
-    except ColossalError as error:
-        report(error, debug)
-        sys.exit(error.exit_status)
+        with _terminated_as_exit():
+            status = application(given, standalone_mode=False, prog_name="colossal")
     except KeyboardInterrupt:
-        sys.exit(130)
-    except typer.Exit as left:
-        sys.exit(left.exit_code)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        # click's own usage errors carry `show` and `exit_code`; typer may vendor click, so they are known by their shape.
-        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if callable(show) and isinstance(code, int):
-            show()
-            sys.exit(code)
-        raise
+        sys.exit(report(error, "--debug" in given))
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def report(error: ColossalError, debug: bool) -> None:
-    """One message on standard error, unwrapped; the traceback only when asked for."""
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """SIGTERM leaves as Ctrl-C does, through every clean-up, where nothing more is done about it."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        del frame
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def report(error: Exception, debug: bool) -> int:
+    """One message on standard error, unwrapped, after the traceback where that was asked for. Returns the exit status."""
+    if isinstance(error, typer.Exit):
+        return int(error.exit_code)
+    # click's own usage errors carry `show` and `exit_code`; typer may vendor click, so they are known by their shape.
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if callable(show) and isinstance(code, int):
+        show()
+        return code
     if debug:
         traceback.print_exception(error)
-        return
-    lines = str(error).splitlines() or [type(error).__name__]
-    print(f"error: {lines[0]}", file=sys.stderr)
-    for line in lines[1:]:
-        print(f"       {line}", file=sys.stderr)
+    if isinstance(error, ColossalError):
+        complain(str(error) or type(error).__name__)
+        return error.exit_status
+    from colossal_launch.run.failure import described, location
+
+    complain(f"{described(error)} ({location(error)})" + ("" if debug else "\n--debug shows its traceback"))
+    return 1

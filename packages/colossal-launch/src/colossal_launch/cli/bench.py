@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Debug, Processes
 
 application = typer.Typer(help="Measure this machine.", no_args_is_help=True)
@@ -35,7 +36,6 @@ def comm(
         colossal bench comm --processes 4 --device cuda --max-bytes 268435456 --json comm.json
     """
     from colossal_comm.environment import read_environment
-
     from colossal_launch.cli.train import local_processes
     from colossal_launch.run.agent import Entry, run_workers
 
@@ -51,7 +51,6 @@ def measure(device: str, max_bytes: int, json_file: Path | None) -> None:
     """One rank of the measurement. Rank 0 prints the table."""
     from colossal_comm.bench import bench_collectives, format_rows, rows_to_json
     from colossal_core.mesh import MeshLayout
-
     from colossal_launch import session
 
     ranks = session.launch(device)
@@ -59,7 +58,7 @@ def measure(device: str, max_bytes: int, json_file: Path | None) -> None:
     sizes = [size for size in (1 << power for power in range(10, 40, 2)) if size <= max_bytes]
     rows = bench_collectives(collectives, sizes)
     if ranks.rank == 0:
-        print(format_rows(rows))
+        say(format_rows(rows))
         if json_file is not None:
             json_file.write_text(rows_to_json(rows), encoding="utf-8")
     session.finish()

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from colossal_core.errors import ConfigError, Problem
 
+from colossal_core.errors import ConfigError, Problem
+from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Debug
 
 
 def convert(
-    run: Annotated[Path, typer.Argument(help="A run's folder, as `checkpoint.directory` names it.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="A run's folder, as `checkpoint.directory` names it.", show_default=False)
+    ],
     target: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or master (as it was trained).")] = "master",
     debug: Debug = False,
@@ -29,21 +32,22 @@ def convert(
     """
     del debug
     import torch
+
     from colossal_core.checkpoint import find_latest, read_full
     from colossal_core.collectives import SingleProcess
     from colossal_core.precision import precision
-
     from colossal_launch.assembly import read_setup
-    from colossal_launch.models.export import write_hf_folder
-    from colossal_launch.run.job import CHECKPOINT_FOLDER, TEXT_FOLDER, build
     from colossal_launch.data.preparation import open_text
-    from colossal_launch.run.job import sections_of
+    from colossal_launch.models.export import write_hf_folder
+    from colossal_launch.run.job import CHECKPOINT_FOLDER, TEXT_FOLDER, build, sections_of
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "master" and dtype not in dtypes:
         raise ConfigError([Problem("--dtype", "is not a dtype to write", f"use master, {', '.join(dtypes)}", dtype)])
     if not (run / "config.json").is_file():
-        raise ConfigError([Problem("RUN", "holds no config.json", "give the folder that checkpoint.directory named", str(run))])
+        raise ConfigError(
+            [Problem("RUN", "holds no config.json", "give the folder that checkpoint.directory named", str(run))]
+        )
     setup = read_setup(run / "config.json", [f"checkpoint.directory={run}"])
     found = find_latest(run / CHECKPOINT_FOLDER, SingleProcess(torch.device("cpu")))
     if found is None:
@@ -52,11 +56,13 @@ def convert(
     text = open_text(data, run / TEXT_FOLDER)
     built = build(setup, text, device="cpu")
     if built.config is None:
-        raise ConfigError([Problem("model", "has no transformers config", "convert is for transformers models", str(run))])
+        raise ConfigError(
+            [Problem("model", "has no transformers config", "convert is for transformers models", str(run))]
+        )
     chosen = dtypes.get(dtype, precision(setup.config.precision).master)
     kinds = [(kind, name) for kind, name in found.manifest.names() if kind in ("parameter", "buffer")]
     values = ((name, read_full(found.path, kind, name)) for kind, name in kinds)
     architecture = type(built.module).__name__
     write_hf_folder(built.config, values, target, chosen, architecture=architecture, tokenizer_file=text.tokenizer_file)
-    print(f"step {found.step} of {run} written to {target}")
+    say(f"step {found.step} of {run} written to {target}")
     return 0

@@ -8,12 +8,21 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
+from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Debug
 
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "tensorboard", "matplotlib", "pydantic", "pluggy",
 )  # fmt: skip
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 
 def doctor(debug: Debug = False) -> int:
@@ -30,9 +39,9 @@ def doctor(debug: Debug = False) -> int:
         ("environment", _environment()),
         ("two ranks", _two_ranks()),
     ):
-        print(title)
+        say(title)
         for line in lines:
-            print(f"  {line}")
+            say(f"  {line}")
     return 0
 
 
@@ -51,7 +60,9 @@ def _machine() -> Iterable[str]:
 
 
 def _packages() -> Iterable[str]:
-    ours = sorted({found.metadata["Name"] for found in metadata.distributions() if found.metadata["Name"].startswith("colossal-")})
+    ours = sorted(
+        {found.metadata["Name"] for found in metadata.distributions() if found.metadata["Name"].startswith("colossal-")}
+    )
     for name in (*ours, *PACKAGES):
         try:
             yield f"{name} {metadata.version(name)}"
@@ -65,7 +76,11 @@ def _environment() -> Iterable[str]:
     environment = read_environment()
     yield f"launcher: {environment.launcher}, rank {environment.rank} of {environment.world_size}"
     yield from (f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
-    yield from (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("NCCL_", "COLOSSAL_", "GLOO_")))
+    yield from (
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("NCCL_", "COLOSSAL_", "GLOO_"))
+    )
 
 
 def _two_ranks() -> Iterable[str]:
@@ -81,7 +96,9 @@ def _two_ranks() -> Iterable[str]:
             "x = torch.ones(1); c.start_all_reduce(x, WORLD).wait(); leave(c); sys.exit(0 if x.item() == 2 else 1)"
         )
         started = [
-            subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             for rank in range(2)
         ]
         outputs = []

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Config, Debug, Overrides
 
 if TYPE_CHECKING:
     from colossal_launch.assembly import Assembly, Setup
-    from colossal_launch.models.building import BuiltModel
-
-SAMPLE_VOCABULARY = 4096
 
 
 def plan(
@@ -36,34 +34,26 @@ def plan(
     """
     del debug
     from colossal_core.config import json_schema
-
     from colossal_launch.assembly import assemble, read_setup
+    from colossal_launch.run.job import build
 
     if schema:
         from colossal_core.plugins import discover
 
-        print(json.dumps(json_schema(discover().config_class()), indent=2))
+        say(json.dumps(json_schema(discover().config_class()), indent=2))
         return 0
     setup = read_setup(config, overrides or [])
-    built = model_without_text(setup)
+    built = build(setup, None, device="cpu")
     assembly = assemble(setup, built.module, world_size=world_size, device_type=_device_type(setup))
-    print(assembly.plan.describe())
+    say(assembly.plan.describe())
     for line in memory_lines(assembly):
-        print(line)
+        say(line)
     if layouts:
         for layout in assembly.plan.layouts.values():
-            print(f"  {layout.full_name} {list(layout.shape)} compute {layout.compute.cut_axes} state {layout.state.cut_axes}")
+            say(
+                f"  {layout.full_name} {list(layout.shape)} compute {layout.compute.cut_axes} state {layout.state.cut_axes}"
+            )
     return 0
-
-
-def model_without_text(setup: Setup) -> BuiltModel:
-    """The config's model; where its vocabulary is the tokenizer's, the configured size stands in for the trained one."""
-    from colossal_launch.models.building import build_model
-    from colossal_launch.run.job import sections_of
-
-    model, data = sections_of(setup.config)
-    size = 257 if data.tokenizer == "bytes" else data.vocab_size
-    return build_model(model, vocab_size=size, seed=setup.config.train.seed)
 
 
 def _device_type(setup: Setup) -> str:
@@ -78,19 +68,26 @@ def memory_lines(assembly: Assembly) -> list[str]:
     names = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
     parts = [f"{name.removesuffix('_bytes')} {_bytes(float(found.column(name)[0]))}" for name in names]
     sent = [f"{axis} {_bytes(float(found.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate")]
-    return [f"memory      {', '.join(parts)} a rank, without activations", f"sent        {', '.join(sent)} a rank and step"]
+    return [
+        f"memory      {', '.join(parts)} a rank, without activations",
+        f"sent        {', '.join(sent)} a rank and step",
+    ]
 
 
 def estimate(assembly: Assembly) -> Any:
     """The estimate table of one plan: one row."""
     import numpy as np
+
     from colossal_core.estimate import EstimateTable, HardwareProfile, ModelSize
     from colossal_core.precision import precision
 
     plan, anatomy = assembly.plan, assembly.anatomy
     chosen = precision(plan.config.precision)
     trained = sum(layout.numel for layout in plan.layouts.values() if layout.trainable)
-    blocks = [sum(f.shape[0] * max(1, _rest(f.shape)) for f in anatomy.parameters if f.block == block) for block in anatomy.blocks]
+    blocks = [
+        sum(f.shape[0] * max(1, _rest(f.shape)) for f in anatomy.parameters if f.block == block)
+        for block in anatomy.blocks
+    ]
     size = ModelSize(
         num_parameters=sum(layout.numel for layout in plan.layouts.values()),
         num_trainable=trained,
@@ -101,7 +98,9 @@ def estimate(assembly: Assembly) -> Any:
         vocab_size=anatomy.vocab_size or 0,
         num_heads=anatomy.num_heads or 0,
     )
-    profile = HardwareProfile("any", np.inf, np.inf, np.inf, np.inf, 0.0, chosen.compute.itemsize, chosen.master.itemsize)
+    profile = HardwareProfile(
+        "any", np.inf, np.inf, np.inf, np.inf, 0.0, chosen.compute.itemsize, chosen.master.itemsize
+    )
     stage = getattr(getattr(plan.config.section("parallel"), "zero", None), "stage", 0)
     inputs = {axis: np.array([float(plan.mesh.size(axis))]) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     inputs |= {"zero_stage": np.array([float(stage)]), "micro_size": np.array([float(plan.batch.micro_size)])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Debug
 
 
@@ -17,18 +18,18 @@ def plugins(debug: Debug = False) -> int:
     del debug
     from colossal_core.hookspecs import PLUGIN_API
     from colossal_core.plugins import discover
-    from rich.console import Console
-    from rich.table import Table
 
     found = discover()
-    table = Table(title=f"plugins (contract {PLUGIN_API[0]}.{PLUGIN_API[1]})", title_justify="left")
-    for column in ("plugin", "distribution", "version", "contract", "hooks"):
-        table.add_column(column, no_wrap=True)
-    for info in found.infos:
-        table.add_row(info.name, info.distribution, info.version, f"{info.api[0]}.{info.api[1]}", ", ".join(info.hooks))
-    console = Console(width=140)
-    console.print(table)
+    say(f"plugins of contract {PLUGIN_API[0]}.{PLUGIN_API[1]}")
+    header = ("plugin", "distribution", "version", "contract", "hooks")
+    rows = [
+        (info.name, info.distribution, info.version, f"{info.api[0]}.{info.api[1]}", ", ".join(info.hooks))
+        for info in found.infos
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for spec in found.strategies():
-        console.print(f"strategy {spec.name}: section {spec.section}", highlight=False)
-    console.print(f"optimizers: {', '.join(sorted(found.optimizers()))}", highlight=False)
+        say(f"strategy {spec.name}: section {spec.section}")
+    say(f"optimizers: {', '.join(sorted(found.optimizers()))}")
     return 0

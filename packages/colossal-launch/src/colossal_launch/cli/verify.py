@@ -11,9 +11,13 @@ from colossal_launch.cli.options import Config, Debug, Overrides
 
 def verify(
     config: Config,
-    world_size: Annotated[int, typer.Option("--world-size", "-w", min=1, max=16, help="Ranks to compare with one process.")] = 2,
+    world_size: Annotated[
+        int, typer.Option("--world-size", "-w", min=1, max=16, help="Ranks to compare with one process.")
+    ] = 2,
     overrides: Overrides = None,
-    mutant: Annotated[str | None, typer.Option(help="Plant a fault, to see that it is caught: the exit status is then 1.")] = None,
+    mutant: Annotated[
+        str | None, typer.Option(help="Plant a fault, to see that it is caught: the exit status is then 1.")
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Shows that several ranks compute what one process does: loss, every raw gradient, norm, parameters and optimizer states after three
@@ -31,7 +35,6 @@ def verify(
     from colossal_core.testing import WorkerPool, default_variants
     from colossal_core.testing.verification import verify as run_verification
     from colossal_core.testing.verification import with_mutant
-
     from colossal_launch.assembly import read_setup
     from colossal_launch.verifying import verification_of
 

@@ -1,8 +1,4 @@
-"""Local workers through torch's elastic agent, with a store of our own: on the loopback interface only, and nothing in it is unpickled.
-
-torch's rendezvous handlers serve a store on every interface and unpickle what they read there; here one host needs no rendezvous, so
-the handler hands out a loopback store that this process serves.
-"""
+"""Local workers through torch's elastic agent: started, watched, stopped together, and their failures told in one message."""
 
 from __future__ import annotations
 
@@ -10,55 +6,17 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from colossal_core.errors import ColossalError
-from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
-
-class WorkerFailure(ColossalError):
-    """A rank failed. The message is the traceback of the first one; the others are folded into one line."""
-
-
-class LoopbackRendezvous(RendezvousHandler):
-    """A rendezvous of one host: it is always complete."""
-
-    def __init__(self, store: Store, port: int) -> None:
-        self._store = store
-        self._port = port
-        self._closed = False
-
-    def get_backend(self) -> str:
-        return "colossal-loopback"
-
-    @property
-    def use_agent_store(self) -> bool:
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", self._port))
-
-    def is_closed(self) -> bool:
-        return self._closed
-
-    def set_closed(self) -> None:
-        self._closed = True
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return f"colossal-{os.getpid()}"
-
-    def shutdown(self) -> bool:
-        self._closed = True
-        return True
+from colossal_core.errors import ConfigError, Problem
+from colossal_launch.run.failure import FailedRank, WorkerError, parse_record, report
+from colossal_launch.run.parent import LAUNCHER_VARIABLE
+from colossal_launch.run.stopping import STOPPED, exit_status
 
 
 @dataclass(frozen=True)
@@ -74,80 +32,101 @@ def training(config_path: Path) -> Entry:
 
 
 def run_workers(entry: Entry, num_processes: int, *, port: int, timeout: timedelta, debug: bool) -> int:
-    """Starts `num_processes` ranks on this host and waits for them. Returns the exit status.
+    """Starts `num_processes` ranks on this host and waits for them. Returns the exit status; no worker is left, whatever happens.
 
-    port: of the loopback store; 0: a free one. Raises ConfigError when the port is taken, WorkerFailure when a rank fails.
+    SIGINT, SIGTERM and SIGHUP are handed on to the workers, who save and leave; a second one kills them. A worker that fails ends the run.
+    port: of the loopback store; 0: a free one. Raises ConfigError when the port is taken, WorkerError when a rank fails.
     """
-    from colossal_comm.startup import StoreServer
-    from torch.distributed.elastic.agent.server.api import WorkerSpec, WorkerState
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    server = StoreServer("127.0.0.1", port, timeout)
+    from colossal_launch.run._elastic_private import SupervisedAgent, silenced
+    from colossal_launch.run.rendezvous import LoopbackRendezvous
+    from colossal_launch.run.supervision import WorkerSupervisor
+
+    server = _serve_store(port, timeout)
     logs = tempfile.mkdtemp(prefix="colossal-logs-")
-    handler = LoopbackRendezvous(server.store, server.port)
     spec = WorkerSpec(
         role="colossal",
         local_world_size=num_processes,
-        rdzv_handler=handler,
+        rdzv_handler=LoopbackRendezvous(server.store, server.port),
         entrypoint=sys.executable,
         args=entry.arguments,
         max_restarts=0,
         monitor_interval=0.1,
         local_addr="127.0.0.1",
     )
-    agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs), start_method="spawn", exit_barrier_timeout=5)
+    result: RunResult | None = None
     try:
-        with _one_thread_each(num_processes):
-            result = agent.run()
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+        with silenced(), _worker_environment(num_processes), WorkerSupervisor() as supervisor:
+            agent = SupervisedAgent(spec, DefaultLogsSpecs(log_dir=logs), supervisor)
+            try:
+                result = agent.run()
+            except SignalException:
+                assert supervisor.signal is not None
+        records = _records(Path(logs))
     finally:
         server.close()
         shutil.rmtree(logs, ignore_errors=True)
-    if result.state is WorkerState.SUCCEEDED or not result.failures:
-        return 0
-    return _status(result.failures, debug)
+    pids = {worker.local_rank: int(worker.id) for worker in agent.get_worker_group().workers if worker.id is not None}
+    failed = [
+        FailedRank(rank, pids.get(rank, 0), status, records.get(rank))
+        for rank, status in supervisor.codes.items()
+        if status != 0 and status not in STOPPED
+    ]
+    told = {found.rank for found in failed}
+    failed += [FailedRank(rank, pids[rank], 1, found) for rank, found in records.items() if rank not in told]
+    if supervisor.signal is not None:
+        # Those who were still starting when the signal came die of it; that is no failure.
+        failed = [found for found in failed if found.status != -supervisor.signal and found.record is not None]
+        if not failed or any(-supervisor.signal == status for status in supervisor.codes.values()):
+            return exit_status(supervisor.signal)
+    if failed:
+        raise WorkerError(report(failed, debug=debug))
+    stopped = STOPPED.intersection(supervisor.codes.values())
+    assert stopped or (result is not None and not result.is_failed()), f"workers ended with {supervisor.codes}"
+    return min(stopped, default=0)
 
 
-def _status(failures: dict[int, Any], debug: bool) -> int:
-    """The exit status of failed ranks: that of a signal when all stopped for one, else a report of the first failure."""
-    codes = {failure.exitcode for failure in failures.values()}
-    if codes <= {130, 143}:
-        return int(min(codes))
-    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
-    raise WorkerFailure(_report(rank, first, failures, debug))
+def _serve_store(port: int, timeout: timedelta) -> Any:
+    from colossal_comm.startup import StoreServer
+
+    try:
+        return StoreServer("127.0.0.1", port, timeout)
+    except ConfigError as error:
+        if not port:
+            raise
+        reason = error.problems[0].reason
+        raise ConfigError([Problem("--port", reason, "choose another one, or leave it out", port)]) from None
 
 
-def _report(rank: int, first: Any, failures: dict[int, Any], debug: bool) -> str:
-    message = first.message
-    details = message.get("message", message) if isinstance(message, dict) else message
-    info = message.get("extraInfo", {}) if isinstance(message, dict) else {}
-    traceback = str(info.get("py_callstack", ""))
-    died = f"signal {-first.exitcode}" if first.exitcode < 0 else f"exit status {first.exitcode}"
-    lines = [f"rank {rank} (pid {first.pid}) failed first, with {died}: {details}"]
-    if traceback and debug:
-        lines.append(traceback.rstrip())
-    others = sorted(other for other in failures if other != rank)
-    if others:
-        lines.append(f"ranks {', '.join(map(str, others))} failed after it")
-    return "\n".join(lines)
+def _records(logs: Path) -> Mapping[int, Any]:
+    """Failure records by rank: torch names the files `<run>/attempt_0/<local rank>/error.json`."""
+    import json
+
+    found = {}
+    for path in logs.glob("*/attempt_*/*/error.json"):
+        record = parse_record(json.loads(path.read_text(encoding="utf-8")))
+        if record is not None and path.parent.name.isdigit():
+            found[int(path.parent.name)] = record
+    return found
 
 
-class _one_thread_each:  # noqa: N801 - used like the context managers of contextlib
-    """While workers start: their share of the cores as OMP_NUM_THREADS, unless the user has set it. torch's own default is every core
-    for each worker.
+@contextmanager
+def _worker_environment(num_processes: int) -> Iterator[None]:
+    """Variables for workers, set while they start, since torch hands its own environment on.
+
+    OMP_NUM_THREADS: a worker's share of the cores, where torch would take every core for each. TORCH_CPP_LOG_LEVEL: without warnings about
+    connections to a store that has closed. Both stay as the user has set them. COLOSSAL_LAUNCHER_PID: whom workers do not outlive.
     """
-
-    def __init__(self, num_processes: int) -> None:
-        self._share = max(1, (os.cpu_count() or 1) // num_processes)
-        self._set = "OMP_NUM_THREADS" not in os.environ
-
-    def __enter__(self) -> None:
-        if self._set:
-            os.environ["OMP_NUM_THREADS"] = str(self._share)
-
-    def __exit__(self, *details: object) -> None:
-        if self._set:
-            os.environ.pop("OMP_NUM_THREADS", None)
+    share = max(1, (os.cpu_count() or 1) // num_processes)
+    wanted = {"OMP_NUM_THREADS": str(share), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    added[LAUNCHER_VARIABLE] = str(os.getpid())
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -10,7 +10,6 @@ from colossal_launch.data.packing import bits_per_byte
 
 if TYPE_CHECKING:
     from colossal_core.trained import Trained
-
     from colossal_launch.data.packing import TextDataset
 
 

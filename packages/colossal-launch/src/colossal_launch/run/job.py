@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_core.errors import ConfigError, Problem
-
 from colossal_launch.assembly import Assembly, Setup, assemble
 
 if TYPE_CHECKING:
     from colossal_core.config import DataConfig, ModelConfig, TrainConfig
-
     from colossal_launch.data.preparation import PreparedText
     from colossal_launch.models.building import BuiltModel
 
@@ -49,32 +47,55 @@ def prepare_job(setup: Setup, *, world_size: int, device_type: str) -> Job:
     """Reads the text, builds the model without storage, and plans. Raises ConfigError with every problem found."""
     from colossal_launch.data.preparation import prepare_text
 
-    sections_of(setup.config)
+    _, data = sections_of(setup.config)
     folder = Path(setup.config.checkpoint.directory)
     problems = list(_folder_problems(setup.config, folder))
-    if problems:
-        raise ConfigError(problems)
-    _, data = sections_of(setup.config)
-    text = prepare_text(data, folder / TEXT_FOLDER)
-    built = build(setup, text, device="cpu")
+    text: PreparedText | None = None
+    if not problems:
+        try:
+            text = prepare_text(data, folder / TEXT_FOLDER)
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        built = build(setup, text, device="cpu")
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
     assembly = assemble(setup, built.module, world_size=world_size, device_type=device_type, known_problems=problems)
+    assert text is not None, "its absence is a problem, and problems are raised"
+    write_config(setup, folder)
     return Job(setup, folder, text, assembly)
 
 
-def build(setup: Setup, text: PreparedText, device: str) -> BuiltModel:
-    """The model of the config, its vocabulary the tokenizer's where the config names none."""
+def build(setup: Setup, text: PreparedText | None, device: str) -> BuiltModel:
+    """The model of the config, its vocabulary the tokenizer's where the config names none.
+
+    text: None where it is not there (yet): the configured size of the vocabulary stands in for the trained one.
+    """
+    from colossal_launch.data.tokenizer import ByteTokenizer
     from colossal_launch.models.building import build_model
 
-    model, _ = sections_of(setup.config)
-    seed = setup.config.train.seed
-    return build_model(model, vocab_size=text.vocab_size, seed=seed, eos_id=text.eos_id, device=device)
+    model, data = sections_of(setup.config)
+    if text is not None:
+        vocab_size, eos_id = text.vocab_size, text.eos_id
+    elif data.tokenizer == "bytes":
+        vocab_size, eos_id = ByteTokenizer().vocab_size, ByteTokenizer().eos_id
+    else:
+        vocab_size, eos_id = data.vocab_size, None
+    return build_model(model, vocab_size=vocab_size, seed=setup.config.train.seed, eos_id=eos_id, device=device)
 
 
-def write_config(setup: Setup, folder: Path) -> Path:
-    """The whole config as JSON in the run's folder: what workers read, and what a reader finds later. Only keys that were written."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(setup.config.model_dump(mode="json", exclude_unset=True), indent=2) + "\n", encoding="utf-8")
-    return path
+def config_path(folder: Path) -> Path:
+    """Where a run's folder keeps its config."""
+    return folder / "config.json"
+
+
+def write_config(setup: Setup, folder: Path) -> None:
+    """The config as JSON in the run's folder: what workers read, and what a reader finds later. Only keys that were written."""
+    path = config_path(folder)
+    text = json.dumps(setup.config.model_dump(mode="json", exclude_unset=True), indent=2)
+    aside = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    aside.write_text(f"{text}\n", encoding="utf-8")
+    aside.replace(path)
 
 
 def _folder_problems(config: TrainConfig, folder: Path) -> Iterable[Problem]:
@@ -85,8 +106,10 @@ def _folder_problems(config: TrainConfig, folder: Path) -> Iterable[Problem]:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        yield Problem(field, f"cannot be written ({error.strerror})", "name a folder that you may write", str(folder))
+        reason = f"cannot be written ({error.strerror})"
+        yield Problem(field, reason, "name a folder that you may write", str(folder))
         return
     saved = folder / CHECKPOINT_FOLDER
     if not config.checkpoint.resume and saved.is_dir() and any(saved.glob("step-*")):
-        yield Problem(field, "holds checkpoints, and checkpoint.resume is false", "name another folder, or set it to true", str(folder))
+        reason = "holds checkpoints, and checkpoint.resume is false"
+        yield Problem(field, reason, "name another folder, or set it to true", str(folder))

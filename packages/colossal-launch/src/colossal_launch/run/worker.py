@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from colossal_core.loss import LossFunction
-
     from colossal_launch.assembly import Setup
     from colossal_launch.session import Ranks
 
@@ -69,15 +69,20 @@ def _train(setup: Setup, ranks: Ranks) -> int:
 
 
 def main() -> None:
-    from torch.distributed.elastic.multiprocessing.errors import record
+    """A worker of our own launcher: its errors are told by the launcher, once. Before the first step a signal ends it at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    from colossal_launch.run.failure import recorded
+    from colossal_launch.run.parent import end_with_launcher
 
-    from colossal_launch.assembly import read_setup
+    end_with_launcher()
 
-    @record
     def run() -> int:
+        from colossal_launch.assembly import read_setup
+
         return run_rank(read_setup(sys.argv[1]))
 
-    sys.exit(run())
+    sys.exit(recorded(run, aloud=False))
 
 
 if __name__ == "__main__":
