@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from colossal_core.testing import WorkerPool
 from colossal_core.testing.suites import session_pool
 

@@ -76,6 +76,7 @@ def all_of_it(rank: int, address: str) -> tuple[list[Any], tuple[float, float], 
 def test_nccl(start_ranks: Any) -> None:
     assert torch.accelerator.device_count() >= NUM_RANKS
     first, second = start_ranks(all_of_it, NUM_RANKS).outcomes(240)
+    assert isinstance(first, tuple) and isinstance(second, tuple), f"{first}\n{second}"
     shared = [[3.0] * 4, ["nan", "1.0"], [0.0, 0.0, 1.0, 1.0]]
     assert first[0] == [*shared, [10.0], [1.5], [b"", b"r"]]
     assert second[0] == [*shared, [0.0, 1.0, 11.0], [0.5], [b"", b"r"]]

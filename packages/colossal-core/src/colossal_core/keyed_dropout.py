@@ -1,4 +1,7 @@
-"""Every `nn.Dropout` of a model drawing keyed numbers, so that training with dropout is the same on any mesh."""
+"""Every dropout of a model drawing keyed numbers, so that training with dropout is the same on any mesh.
+
+Modules (`nn.Dropout`) and calls of `nn.functional.dropout` in the methods of any module (`functional_dropout.py`) are keyed alike.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from colossal_core.functional_dropout import KeyedMethods, keyed_methods
 from colossal_core.random import RandomKey, keyed_dropout
 
 _OTHER_KINDS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -33,12 +37,13 @@ class MicrobatchKey:
 class KeyedDropoutState:
     """The key that one model's dropouts read in their forward pass. Set before each microbatch; kept and put back by recomputation.
 
-    A plain object, not a context variable: autograd's device threads and compiled code see it too. names: the dropouts that are keyed;
-    unkeyed: those that draw from torch's generator (`seed_fused`), because of their kind or because an input had no sample dimension.
+    A plain object, not a context variable: autograd's device threads and compiled code see it too. names: the modules that draw keyed
+    numbers; unkeyed: those that draw from torch's generator (`seed_fused`), because of their kind, because of how they call dropout (the
+    reason follows the name) or because an input had no sample dimension.
     """
 
-    def __init__(self, unkeyed: tuple[str, ...] = ()) -> None:
-        self.unkeyed = list(unkeyed)
+    def __init__(self) -> None:
+        self.unkeyed: list[str] = []
         self._layers: list[_KeyedLayer] = []
         self._current: MicrobatchKey | None = None
 
@@ -80,7 +85,7 @@ class KeyedDropoutState:
 
 
 class _KeyedLayer:
-    """What one dropout's forward reads. number: 0-d int64, its place in `named_modules()`; as a tensor, because compiled blocks that
+    """What one module's dropouts read. number: 0-d int64, its place in `named_modules()`; as a tensor, because compiled blocks that
     differ in a plain number are compiled one by one.
     """
 
@@ -93,34 +98,65 @@ class _KeyedLayer:
         """A copy of the model reads the same state."""
         return self
 
+    def dropout(
+        self, call: int, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        """`torch.nn.functional.dropout` with keyed numbers. call: which of the module's calls this is, in [0, 2^31); each draws its own.
+
+        The layer key is number + 2^32 * call, so that a module with one call (0) has its number for a key.
+        """
+        current = self.state.capture()
+        if not training or p == 0.0 or current is None:
+            return F.dropout(input, p, training, inplace)
+        if input.dim() == 0 or input.shape[0] % current.sample_ids.shape[0]:
+            if self.name not in self.state.unkeyed:
+                self.state.unkeyed.append(self.name)
+            return F.dropout(input, p, training, inplace)
+        layer = self.number + (call << 32) if call else self.number
+        kept = keyed_dropout(input, p, current.key, current.sample_ids, layer, positions=_positions(input, current))
+        return input.copy_(kept) if inplace else kept
+
 
 def install_keyed_dropout(model: nn.Module) -> KeyedDropoutState:
-    """Replaces the forward of every `nn.Dropout`, as an attribute of the instance; no module or parameter changes its name.
+    """Gives every `nn.Dropout`, and every module whose methods call `nn.functional.dropout`, methods that draw keyed numbers, as
+    attributes of the instance; no module or parameter changes its name.
 
-    `model` is the whole, uncut model: a dropout's layer number is its place in `named_modules()`, and so the same on every mesh. x is
+    `model` is the whole, uncut model: a module's number is its place in `named_modules()`, and so the same on every mesh. x is
     [B, ...], or [B * k, ...] with the k rows of a sample together; a first dimension that is no multiple of the number of samples (tokens
     sorted by expert, tables shared by samples) falls back to torch's generator, and the module's name is added to `unkeyed`. In
-    eval mode, with p = 0 and before the first `set` the module does what it always did.
+    eval mode, with p = 0 and before the first `set` a dropout does what it always did.
     """
-    modules = list(model.named_modules())
-    state = KeyedDropoutState(tuple(name for name, module in modules if isinstance(module, _OTHER_KINDS)))
-    for number, (name, module) in enumerate(modules):
-        if type(module) is nn.Dropout:
+    state = KeyedDropoutState()
+    methods: dict[type[nn.Module], KeyedMethods] = {}
+    for number, (name, module) in enumerate(model.named_modules()):
+        kind = type(module)
+        if kind.forward is nn.Dropout.forward and "forward" not in vars(module):
             module.keyed_layer = state.add(name, number)  # type: ignore[assignment]
             module.forward = MethodType(_keyed_forward, module)  # type: ignore[method-assign]
+            continue
+        if _draws_inside(module):
+            state.unkeyed.append(name)
+        if kind not in methods:
+            methods[kind] = keyed_methods(kind)
+        found = methods[kind]
+        state.unkeyed.extend(f"{name}: {reason}" for reason in found.left)
+        taken = [method for method in found.copies if method in vars(module)]
+        state.unkeyed.extend(f"{name}: {method} is replaced on this module" for method in taken)
+        if len(taken) < len(found.copies):
+            module.keyed_layer = state.add(name, number)  # type: ignore[assignment]
+            vars(module).update({key: MethodType(copy, module) for key, copy in found.copies.items() if key not in taken})
     return state
 
 
+def _draws_inside(module: nn.Module) -> bool:
+    """Whether it is one of torch's own modules that draw by a rule of their own."""
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0.0
+    return isinstance(module, _OTHER_KINDS)
+
+
 def _keyed_forward(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
-    layer = cast(_KeyedLayer, self.keyed_layer)
-    current = layer.state.capture()
-    if not self.training or self.p == 0.0 or current is None:
-        return F.dropout(x, self.p, self.training)
-    if x.dim() == 0 or x.shape[0] % current.sample_ids.shape[0]:
-        if layer.name not in layer.state.unkeyed:
-            layer.state.unkeyed.append(layer.name)
-        return F.dropout(x, self.p, self.training)
-    return keyed_dropout(x, self.p, current.key, current.sample_ids, layer.number, positions=_positions(x, current))
+    return cast(_KeyedLayer, self.keyed_layer).dropout(0, x, self.p, self.training, self.inplace)
 
 
 def _positions(x: torch.Tensor, current: MicrobatchKey) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from colossal_core._torch_private import selective_contexts
+from colossal_core._torch_private import hidden_from_dynamo, selective_contexts
 from colossal_core.dataflow import tensors_in
 from colossal_core.errors import Problem
 from colossal_core.selective import Decision, Policy, decide, trace_block
@@ -87,7 +87,7 @@ class Recomputation:
         contexts = functools.partial(selective_contexts, keep)
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @hidden_from_dynamo
     def _measure_outside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.measure(args, kwargs)
 

@@ -64,6 +64,14 @@ class Trained:
         """Finished optimizer steps, skipped ones included."""
         return self._engine.step
 
+    def strategy(self, name: str) -> Strategy:
+        """An active strategy by its name: the way to what a plugin offers beside training."""
+        found = next((strategy for strategy in self._strategies if strategy.name == name), None)
+        if found is None:
+            message = f"no strategy {name!r} is active; there are {', '.join(strategy.name for strategy in self._strategies) or 'none'}"
+            raise KeyError(message)
+        return found
+
     def train_step(self, batch: Mapping[str, torch.Tensor]) -> StepResult:
         """One optimizer step on this rank's share of a global batch: see `colossal_core.step`."""
         self._engine.model.train()

@@ -59,7 +59,21 @@ class ShrunkModel:
 
         small = self.config()
         with quiet_transformers():
-            return training_class(small)._from_config(small)  # type: ignore[attr-defined,no-any-return]
+            model: nn.Module = training_class(small)._from_config(small)  # type: ignore[attr-defined]
+        for module in attention_modules(model):
+            vars(module).update({key: 0.0 for key, value in vars(module).items() if _is_dropout(key, value)})
+        return model
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that reach their kernel through transformers' attention interface, which they hand a dropout probability."""
+    from colossal_core.interfaces import ATTENTION_INTERFACE, modules_reaching
+
+    return [model.get_submodule(name) for name in modules_reaching(model, ATTENTION_INTERFACE)]
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    return "drop" in name and isinstance(value, float)
 
 
 @dataclass(frozen=True)
@@ -116,9 +130,9 @@ def verification_of(setup: Setup) -> Verification:
             raise ConfigError([Problem("model.example_batch", reason, remedy)])
         merged = {**section.config, **(section.verify_config or {})}
         model: Any = FactoryModel(section.factory, json.dumps(merged))
-        notes = () if section.verify_config else ("the model runs unshrunk: model.verify_config can make it smaller",)
+        notes = [] if section.verify_config else ["the model runs unshrunk: model.verify_config can make it smaller"]
         spec = RunSpec(config, model, ExampleBatches(section.example_batch), loss_fn=section.loss)
-        return Verification(spec, notes)
+        return Verification(spec, (*notes, *_unkeyed_notes(model())))
     size = 257 if setup.config.data is not None and setup.config.data.tokenizer == "bytes" else 4096
     shrunk = ShrunkModel(section.model_dump_json(exclude_unset=True), size)
     small = shrunk.config()

@@ -53,7 +53,9 @@ COLUMNS: Mapping[str, Column] = {
     "clipping": Column({"optimizer": {**ADAMW, "max_grad_norm": 0.1}}),
     "microbatches": Column({"optimizer": ADAMW}, micro_size=1),
     "tied": Column({"optimizer": ADAMW}, TinyOptions(dropout=0.0)),
-    "shared, frozen, unused": Column({"optimizer": ADAMW}, TinyOptions(shared=True, frozen=True, unused=True, dropout=0.0)),
+    "shared, frozen, unused": Column(
+        {"optimizer": ADAMW}, TinyOptions(shared=True, frozen=True, unused=True, dropout=0.0)
+    ),
     "dropout": Column({"optimizer": ADAMW}, TinyOptions(dropout=0.2), micro_size=1),
     "`recompute: full`": Column({"optimizer": ADAMW, "recompute": {"mode": "full"}}, TinyOptions(dropout=0.2)),
     "`recompute: selective`": Column(

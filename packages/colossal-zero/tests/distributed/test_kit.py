@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from colossal_core.errors import ConfigError
 from colossal_core.testing import RankError, RunSpec, WorkerPool, default_variants, verify
 from colossal_core.testing.models import TinyModel, TokenBatches

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from colossal_core.testing import RunSpec, WorkerPool, compare, relative_difference, table
 from colossal_core.testing.models import RoutedBatches, TinyModel, TinyOptions, TokenBatches, next_token_loss
 from colossal_core.testing.parity import RunRecord, oracle_of
 from colossal_core.testing.probes import record
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ CASES = {
     "two copies of two shards": Case(zero={"bucket_bytes": 9000, "replicate": 2}, world_size=4),
     "a user's loss, counted after the forward pass": Case(own_loss=True),
     "no clipping": Case(optimizer={"lr": 0.001, "max_grad_norm": None}),
-    "everything at once": Case(TinyOptions(unused=True, frozen=True, shared=True, routed=True), world_size=4, routed=True),
+    "everything at once": Case(
+        TinyOptions(unused=True, frozen=True, shared=True, routed=True), world_size=4, routed=True
+    ),
 }
 
 
@@ -89,9 +92,7 @@ def momentum_factory(model: nn.Module) -> Callable[[list[nn.Parameter]], torch.o
 
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("optimizer", [adam_with_two_groups, momentum_factory])
-def test_optimizer_of_the_user_is_exact(
-    pool: WorkerPool, optimizer: Callable[[nn.Module], Any], stage: int
-) -> None:
+def test_optimizer_of_the_user_is_exact(pool: WorkerPool, optimizer: Callable[[nn.Module], Any], stage: int) -> None:
     spec = spec_of(Case(optimizer={"max_grad_norm": 0.1}), stage)
     check(pool, replace(spec, optimizer=optimizer), 2)
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from colossal_comm.ledger import ring_bytes
 from colossal_core.testing import RunSpec, WorkerPool
 from colossal_core.testing.models import TinyModel, TokenBatches
@@ -48,7 +49,9 @@ def bucket_bytes(plan: Plan) -> list[int]:
     """Bytes of each bucket's flat buffer."""
     buckets: Any = plan.data["zero"]["buckets"]
     shards = plan.mesh.size(("dp_shard", "cp"))
-    lengths = [bucket_shape([math.prod(plan.layouts[name].shape) for name in bucket], shards).length for bucket in buckets]
+    lengths = [
+        bucket_shape([math.prod(plan.layouts[name].shape) for name in bucket], shards).length for bucket in buckets
+    ]
     return [length * ELEMENT_BYTES for length in lengths]
 
 

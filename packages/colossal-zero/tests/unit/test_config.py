@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from colossal_core.config import ConfigSpec, build_config_class, parse_config
 from colossal_core.errors import ConfigError
 from colossal_core.testing import RunSpec
@@ -13,7 +14,9 @@ from colossal_zero.config import ZeroConfig
 
 def parsed(section: dict[str, object]) -> ZeroConfig:
     config_class = build_config_class([ConfigSpec("parallel.zero", ZeroConfig)])
-    found = parse_config({"batch": {"global_size": 4}, "parallel": {"zero": section}}, config_class).section("parallel.zero")
+    found = parse_config({"batch": {"global_size": 4}, "parallel": {"zero": section}}, config_class).section(
+        "parallel.zero"
+    )
     assert isinstance(found, ZeroConfig)
     return found
 
@@ -22,7 +25,9 @@ def test_defaults() -> None:
     assert parsed({}) == ZeroConfig(stage=0, replicate=1, bucket_bytes=64 * 2**20)
 
 
-@pytest.mark.parametrize("section", [{"stage": 4}, {"stage": "1"}, {"replicate": 0}, {"bucket_bytes": 0}, {"stages": 1}])
+@pytest.mark.parametrize(
+    "section", [{"stage": 4}, {"stage": "1"}, {"replicate": 0}, {"bucket_bytes": 0}, {"stages": 1}]
+)
 def test_impossible_values_name_the_field(section: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as raised:
         parsed(section)

@@ -7,11 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from colossal_core.layout import ParameterLayout, Placement, fill_full
 from colossal_core.mesh import MeshLayout
 from colossal_zero.plan import ALIGNMENT, Bucket, assign_buckets, bucket_shape, replicated_layouts, sharded_layouts
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NUMELS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)
 

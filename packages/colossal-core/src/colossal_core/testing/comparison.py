@@ -49,7 +49,9 @@ def table(rows: Iterable[Row]) -> str:
         verdict = "" if row.passed else "DIFFERENT"
         lines.append((row.kind, f"{row.difference:.1e}", f"{row.limit:.0e}", row.where, verdict))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _rows(record: RunRecord, oracle: RunRecord, at: str, limit: float) -> Iterable[Row]:

@@ -70,7 +70,9 @@ class Block(nn.Module):
         query_BHLK, key_BHLK, value_BHLK = heads.permute(2, 0, 3, 1, 4).unbind(0)
         scores_BHLL = query_BHLK @ key_BHLK.transpose(-1, -2) / math.sqrt(size // self.num_heads)
         scores_BHLL = scores_BHLL.masked_fill(~mask_BLL[:, None], -1.0e4)
-        mixed: torch.Tensor = self.out((scores_BHLL.softmax(-1) @ value_BHLK).transpose(1, 2).reshape(batch, length, size))
+        mixed: torch.Tensor = self.out(
+            (scores_BHLL.softmax(-1) @ value_BHLK).transpose(1, 2).reshape(batch, length, size)
+        )
         return mixed
 
 

@@ -100,13 +100,17 @@ class _FaultyCollectives:
             self._first_tag = tag
         return self._fault.of == "gradients" or tag == self._first_tag
 
-    def _run(self, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], axes: Axes, begin: Callable[[], Handle]) -> Handle:
+    def _run(
+        self, given: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], axes: Axes, begin: Callable[[], Handle]
+    ) -> Handle:
         fault, ranks = self._fault, self._inner.size(axes)
         if fault.before is not None:
             for tensor in given:
                 fault.before(tensor, ranks, self._plan)
         handle = DoneHandle() if fault.skip else begin()
-        return _Finishing(handle, [lambda t=t: fault.after(t, ranks, self._plan) for t in outputs] if fault.after else [])
+        return _Finishing(
+            handle, [lambda t=t: fault.after(t, ranks, self._plan) for t in outputs] if fault.after else []
+        )
 
     def start_all_reduce(
         self, tensor: torch.Tensor, axes: Axes, *, op: ReduceOp = "sum", use: str = "reduce", tag: str = ""

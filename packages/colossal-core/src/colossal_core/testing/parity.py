@@ -142,7 +142,9 @@ def record_run(spec: RunSpec, collectives: Collectives) -> RunRecord:
     Communication: that of the steps, and one all-gather for each gradient of each step, and for each parameter and state at the end.
     """
     trained = start(spec, collectives)
-    steps = tuple(record_step(trained, share_of_step(spec, trained.plan, collectives.rank, k)) for k in range(spec.num_steps))
+    steps = tuple(
+        record_step(trained, share_of_step(spec, trained.plan, collectives.rank, k)) for k in range(spec.num_steps)
+    )
     return record_end(trained, steps)
 
 

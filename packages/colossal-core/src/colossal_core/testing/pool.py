@@ -137,7 +137,9 @@ class WorkerPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -164,7 +166,9 @@ def _raise(failures: Sequence[Failure], silent: Sequence[int], timeout_seconds: 
     ordered = sorted(failures, key=lambda failure: (failure.kind == "CommunicationError", failure.at))
     first = ordered[0]
     lines = [f"rank {first.rank} failed:", first.text.rstrip()]
-    lines += [f"rank {other.rank} failed after it: {other.kind}: {other.message.splitlines()[:1]}" for other in ordered[1:]]
+    lines += [
+        f"rank {other.rank} failed after it: {other.kind}: {other.message.splitlines()[:1]}" for other in ordered[1:]
+    ]
     known = {failure.rank for failure in failures}
     lines += [f"rank {rank} was still waiting and was killed" for rank in silent if rank not in known]
     cause = pickle.loads(first.pickled) if first.pickled else None

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from colossal_core.collectives import Collectives
     from colossal_core.trained import Trained
 
-CORE_TAGS = ("plan", "items", "loss and norm", "full tensor", "random state", "checkpoint", "gradient shards", "flag", "verify")
+CORE_TAGS = (
+    "plan",
+    "items",
+    "loss and norm",
+    "full tensor",
+    "random state",
+    "checkpoint",
+    "gradient shards",
+    "flag",
+    "verify",
+)
 """Tags of what core itself sends, whatever the strategies are."""
 
 

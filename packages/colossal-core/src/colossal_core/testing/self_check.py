@@ -39,7 +39,9 @@ def loss_difference(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> fl
     for axis in ("cp", "pp"):  # along which the loss of one batch is a sum; the ranks of `tp` each have all of it
         if collectives.size(axis) > 1:
             collectives.start_all_reduce(sums, axis, tag="verify").wait()
-    worst = torch.tensor(relative_difference(sums[0] / sums[1].clamp(min=1.0), split), dtype=torch.float64, device=device)
+    worst = torch.tensor(
+        relative_difference(sums[0] / sums[1].clamp(min=1.0), split), dtype=torch.float64, device=device
+    )
     collectives.start_all_reduce(worst, WORLD, op="max", tag="verify").wait()
     return float(worst)
 
@@ -51,7 +53,9 @@ def _gathered(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> dict[str
     whole = {}
     for key, value in batches.to_device(batch, engine.context.device, engine.context.precision.compute).items():
         shapes = collectives.gather_bytes(json.dumps(list(value.shape)).encode(), DATA_AXES, tag="verify")
-        assert len(set(shapes)) == 1, f"batch.{key}: the ranks hand over different shapes: {[shape.decode() for shape in shapes]}"
+        assert len(set(shapes)) == 1, (
+            f"batch.{key}: the ranks hand over different shapes: {[shape.decode() for shape in shapes]}"
+        )
         output = torch.empty((size * value.shape[0], *value.shape[1:]), dtype=value.dtype, device=value.device)
         collectives.start_all_gather(output, value.contiguous(), DATA_AXES, tag="verify").wait()
         whole[key] = output

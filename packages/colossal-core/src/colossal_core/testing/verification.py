@@ -64,7 +64,9 @@ class VerifyReport:
             parts.append(f"{head}\n{result.error or table(result.rows)}")
         different = [result.variant.name for result in self.results if not result.passed]
         compared = f"{self.world_size} ranks against one process, {len(self.results)} variants"
-        verdict = f"different in {'; '.join(different)}" if different else f"the same, worst difference {self.worst:.1e}"
+        verdict = (
+            f"different in {'; '.join(different)}" if different else f"the same, worst difference {self.worst:.1e}"
+        )
         return "\n\n".join([*parts, f"{compared}: {verdict}"])
 
 
@@ -75,12 +77,17 @@ def default_variants(world_size: int) -> tuple[Variant, ...]:
     """
     batch = {"batch": {"global_size": 2 * world_size, "micro_size": 1}}
     variants = [
-        Variant(f"stage {stage}, {name}, 2 microbatches", {**batch, "parallel.zero": {"stage": stage}, "optimizer": dict(optimizer)})
+        Variant(
+            f"stage {stage}, {name}, 2 microbatches",
+            {**batch, "parallel.zero": {"stage": stage}, "optimizer": dict(optimizer)},
+        )
         for stage in (0, 1)
         for name, optimizer in (("AdamW", ADAMW), ("SGD", SGD))
     ]
     whole = {"batch": {"global_size": 2 * world_size, "micro_size": 2}}
-    variants.append(Variant("stage 1, AdamW, 1 microbatch", {**whole, "parallel.zero": {"stage": 1}, "optimizer": dict(ADAMW)}))
+    variants.append(
+        Variant("stage 1, AdamW, 1 microbatch", {**whole, "parallel.zero": {"stage": 1}, "optimizer": dict(ADAMW)})
+    )
     if world_size % 2 == 0 and world_size > 2:
         hybrid = {"stage": 1, "replicate": 2}
         name = "stage 1 in 2 copies, AdamW, 2 microbatches"
@@ -119,7 +126,11 @@ def _record(collectives: Collectives, spec: RunSpec) -> RunRecord:
 
 
 def _oracle_key(spec: RunSpec) -> str:
-    kept = {name: value for name, value in oracle_of(spec).config.items() if name not in ("parallel", "recompute", "compile")}
+    kept = {
+        name: value
+        for name, value in oracle_of(spec).config.items()
+        if name not in ("parallel", "recompute", "compile")
+    }
     return json.dumps(kept, sort_keys=True)
 
 

@@ -14,6 +14,7 @@ import typer
 from colossal_core.errors import ColossalError
 from colossal_launch.cli import bench, convert, doctor, plan, plugins, script, train, verify
 from colossal_launch.cli.console import complain
+from colossal_launch.run.failure import WorkerError, described, location
 
 application = typer.Typer(
     name="colossal",
@@ -70,12 +71,17 @@ def report(error: Exception, debug: bool) -> int:
     if callable(show) and isinstance(code, int):
         show()
         return code
-    if debug:
+    if isinstance(error, WorkerError):
+        if debug and error.rank_traceback:
+            sys.stderr.write(error.rank_traceback)
+    elif debug:
         traceback.print_exception(error)
     if isinstance(error, ColossalError):
-        complain(str(error) or type(error).__name__)
+        told = not isinstance(error, WorkerError) or error.known or debug
+        complain((str(error) or type(error).__name__) + ("" if told else _HINT))
         return error.exit_status
-    from colossal_launch.run.failure import described, location
-
-    complain(f"{described(error)} ({location(error)})" + ("" if debug else "\n--debug shows its traceback"))
+    complain(f"{described(error)} ({location(error)})" + ("" if debug else _HINT))
     return 1
+
+
+_HINT = "\n--debug shows the traceback"

@@ -44,7 +44,7 @@ def comm(
         return 0
     arguments = ("-m", "colossal_launch.cli.bench", device, str(max_bytes), str(json_file or ""))
     count = max(local_processes(processes, None, device), 2)
-    return run_workers(Entry(arguments), count, port=0, timeout=timedelta(minutes=3), debug=debug)
+    return run_workers(Entry(arguments), count, port=0, timeout=timedelta(minutes=3))
 
 
 def measure(device: str, max_bytes: int, json_file: Path | None) -> None:

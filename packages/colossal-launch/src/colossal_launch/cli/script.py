@@ -41,4 +41,4 @@ def run(
         raise ConfigError([Problem("colossal run", reason, f"start the script itself: python {script}")])
     entry = Entry(("-m", "colossal_launch.run.script", str(script), *context.args))
     count = local_processes(processes, None, "auto")
-    return run_workers(entry, count, port=port, timeout=timedelta(minutes=3), debug=debug)
+    return run_workers(entry, count, port=port, timeout=timedelta(minutes=3))

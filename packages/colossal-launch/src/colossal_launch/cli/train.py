@@ -55,7 +55,7 @@ def train(
     from colossal_launch.run.job import config_path
 
     timeout = timedelta(seconds=setup.config.train.timeout_seconds)
-    return run_workers(training(config_path(folder)), num_processes, port=port, timeout=timeout, debug=debug)
+    return run_workers(training(config_path(folder)), num_processes, port=port, timeout=timeout)
 
 
 def _join(setup: Setup, environment: Environment) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_core.errors import ConfigError, Problem
-from colossal_launch.run.failure import FailedRank, WorkerError, parse_record, report
+from colossal_launch.run.failure import FailedRank, parse_record, worker_error
 from colossal_launch.run.parent import LAUNCHER_VARIABLE
 from colossal_launch.run.stopping import STOPPED, exit_status
 
@@ -31,7 +31,7 @@ def training(config_path: Path) -> Entry:
     return Entry(("-m", "colossal_launch.run.worker", str(config_path)))
 
 
-def run_workers(entry: Entry, num_processes: int, *, port: int, timeout: timedelta, debug: bool) -> int:
+def run_workers(entry: Entry, num_processes: int, *, port: int, timeout: timedelta) -> int:
     """Starts `num_processes` ranks on this host and waits for them. Returns the exit status; no worker is left, whatever happens.
 
     SIGINT, SIGTERM and SIGHUP are handed on to the workers, who save and leave; a second one kills them. A worker that fails ends the run.
@@ -83,7 +83,7 @@ def run_workers(entry: Entry, num_processes: int, *, port: int, timeout: timedel
         if not failed or any(-supervisor.signal == status for status in supervisor.codes.values()):
             return exit_status(supervisor.signal)
     if failed:
-        raise WorkerError(report(failed, debug=debug))
+        raise worker_error(failed)
     stopped = STOPPED.intersection(supervisor.codes.values())
     assert stopped or (result is not None and not result.is_failed()), f"workers ended with {supervisor.codes}"
     return min(stopped, default=0)

@@ -20,7 +20,15 @@ _OWN_KEY = "colossal"
 
 
 class WorkerError(ColossalError):
-    """A rank failed. The message tells of the first one; the others are folded into one line."""
+    """A rank failed. The message tells of the first one; the others are folded into one line.
+
+    rank_traceback: that of the first; empty where it left none. known: whether the message says all that there is to know.
+    """
+
+    def __init__(self, message: str, rank_traceback: str, *, known: bool) -> None:
+        super().__init__(message)
+        self.rank_traceback = rank_traceback
+        self.known = known
 
 
 @dataclass(frozen=True)
@@ -117,22 +125,18 @@ def parse_record(data: object) -> FailureRecord | None:
     return FailureRecord(**own) if isinstance(own, Mapping) else None
 
 
-def report(failed: Iterable[FailedRank], *, debug: bool) -> str:
+def worker_error(failed: Iterable[FailedRank]) -> WorkerError:
     """What the user reads: the first failure in full, the others in one line."""
     ordered = sorted(failed, key=_precedence)
-    first, others = ordered[0], sorted(ordered[1:], key=lambda rank: rank.rank)
+    first, others = ordered[0], sorted(other.rank for other in ordered[1:])
+    record = first.record
+    if record is not None and record.known:
+        return WorkerError(record.message, record.traceback, known=True)
     lines = [_headline(first)]
     if others:
-        ranks = ", ".join(str(other.rank) for other in others)
-        lines.append(f"rank{'s' if len(others) > 1 else ''} {ranks} failed after it")
-    record = first.record
-    if record is not None and debug:
-        return "\n".join([record.traceback.rstrip(), *lines])
-    if record is not None and not record.known:
-        lines.append("--debug shows its traceback")
-    elif record is not None:
-        lines = lines[:1]
-    return "\n".join(lines)
+        lines.append(f"rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))} failed after it")
+    rank_traceback = record.traceback if record is not None else ""
+    return WorkerError("\n".join(lines), rank_traceback, known=not rank_traceback)
 
 
 def _precedence(failed: FailedRank) -> tuple[int, float, int]:
@@ -150,8 +154,6 @@ def _headline(failed: FailedRank) -> str:
         return f"rank {failed.rank} (pid {failed.pid}) died of signal {number} ({_signal_name(number)}){hint}"
     if record is None:
         return f"rank {failed.rank} (pid {failed.pid}) ended with exit status {failed.status}"
-    if record.known:
-        return record.message
     where = f" ({record.where})" if record.where else ""
     return f"rank {failed.rank} (pid {failed.pid}) failed first: {record.message}{where}"
 

@@ -23,9 +23,16 @@ class SealedSuite:
             tests = {name: value for name, value in vars(cls).items() if name.startswith("test_") and callable(value)}
             cls._sealed = {**cls._sealed, **tests}
 
+    @classmethod
+    def changed_tests(cls) -> list[str]:
+        """Names of the suite's tests that were replaced or deleted after the class was made."""
+        return [name for name, original in cls._sealed.items() if getattr(cls, name, None) is not original]
+
     @pytest.fixture(autouse=True)
     def _refuse_changes(self) -> None:
-        """Also when a test was replaced or deleted after the class was made."""
-        for name, original in type(self)._sealed.items():
-            if getattr(type(self), name, None) is not original:
-                pytest.fail(f"{type(self).__name__}.{name} was changed or removed: a suite's tests cannot be", pytrace=False)
+        changed = type(self).changed_tests()
+        if changed:
+            pytest.fail(
+                f"{type(self).__name__}: {', '.join(changed)} changed or removed: a suite's tests cannot be",
+                pytrace=False,
+            )

@@ -113,7 +113,9 @@ class StrategySuite(SealedSuite, suite=True):
         strategy = self.strategy(min(self.world_sizes))
         assert isinstance(strategy.phase, Phase)
         assert strategy.axes == self.axes
-        assert self.observes_only <= (strategy.phase is Phase.OPTIMIZER), "what only observes applies in the phase optimizer"
+        assert self.observes_only <= (strategy.phase is Phase.OPTIMIZER), (
+            "what only observes applies in the phase optimizer"
+        )
         assert json.loads(json.dumps(dict(strategy.state()))) == dict(strategy.state()), "state() must be JSON values"
 
     def test_import_has_no_side_effects(self) -> None:
@@ -123,7 +125,9 @@ class StrategySuite(SealedSuite, suite=True):
             manager = discover().manager.get_plugin(self.plugin)
             module = str(getattr(manager, "__name__", type(manager).__module__))
         script = Path(__file__).with_name("import_probe.py")
-        done = subprocess.run([sys.executable, str(script), module], capture_output=True, text=True, check=False, env=dict(os.environ))
+        done = subprocess.run(
+            [sys.executable, str(script), module], capture_output=True, text=True, check=False, env=dict(os.environ)
+        )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == [], f"importing {module} changes the process"
 
@@ -157,7 +161,7 @@ class StrategySuite(SealedSuite, suite=True):
         spec = self.spec()
         for size in self.world_sizes:
             if size > 1 and not self.observes_only:
-                continue
+                continue  # what changes how a step is computed is compared with the oracle instead
             kept = pool.run(size, probes.record, self.without(spec))
             for one, other in zip(pool.run(size, probes.record, spec), kept, strict=True):
                 states = {key: state for key, state in one.states.items() if key in other.states}
@@ -200,7 +204,9 @@ class StrategySuite(SealedSuite, suite=True):
         estimated = estimated_bytes(strategy, prepare(spec, world_size).plan)
         for column, size in measured.items():
             distance = abs(estimated[column] - size)
-            assert distance <= self.estimate_slack * size, f"{column}: estimated {estimated[column]:.0f}, measured {size}"
+            assert distance <= self.estimate_slack * size, (
+                f"{column}: estimated {estimated[column]:.0f}, measured {size}"
+            )
 
 
 def plan_fingerprint(collectives: Any, spec: RunSpec) -> str:
