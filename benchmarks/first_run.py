@@ -93,7 +93,9 @@ def main() -> None:
     (given.out / "first_run.json").write_text(json.dumps(report, indent=2))
     draw(results, given.out / "first_run.png")
     print(" ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print("| ranks | tokens/s (p10 - p90) | a rank | scaling | MFU | peak GiB a rank | loss first -> last | held-out bits/byte |")
+    print(
+        "| ranks | tokens/s (p10 - p90) | a rank | scaling | MFU | peak GiB a rank | loss first -> last | held-out bits/byte |"
+    )
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     base = results[0]["tokens_per_second"] / results[0]["processes"]
     for result in results:
@@ -102,7 +104,9 @@ def main() -> None:
         mfu = f"{result['mfu']:.2%}" if result["mfu"] is not None else "-"
         bits = f"{result['val_bits_per_byte']:.4f}" if result["val_bits_per_byte"] is not None else "-"
         losses = f"{result['loss_first']:.4f} -> {result['loss_last']:.4f}"
-        print(f"| {count} | {spread} | {rate / count:,.0f} | {rate / count / base:.2f} | {mfu} | {result['memory_gib']:.2f} | {losses} | {bits} |")
+        print(
+            f"| {count} | {spread} | {rate / count:,.0f} | {rate / count / base:.2f} | {mfu} | {result['memory_gib']:.2f} | {losses} | {bits} |"
+        )
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def sample_ids(plan: BatchPlan, data_index: int, microbatch: int, device: torch.
 class InputCut:
     """Inputs split along one dimension over mesh axes (a sequence over `cp`). dims: the dimension of each batch key that has it.
 
-    chunks: the dimension is `num_chunks` equal chunks; the rank at flat coordinate i over `axes` holds `chunks[i]`, in that order. Two chunks
-    a rank, one from each end, balance a causal attention.
+    chunks: the dimension is `num_chunks` equal chunks; the rank at flat coordinate i over `axes` holds `chunks[i]`, in that order. Two
+    chunks a rank, one from each end, balance a causal attention.
     """
 
     dims: tuple[tuple[str, int], ...]

@@ -68,13 +68,19 @@ class Collectives(Protocol):
     ) -> Handle:
         """Reduces `tensor` in place."""
 
-    def start_all_reduce_coalesced(self, tensors: Sequence[torch.Tensor], axes: Axes, *, use: str = "reduce", tag: str = "") -> Handle:
+    def start_all_reduce_coalesced(
+        self, tensors: Sequence[torch.Tensor], axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
         """Sums every tensor in place, in as few messages as their dtypes allow."""
 
-    def start_all_gather(self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "gather", tag: str = "") -> Handle:
+    def start_all_gather(
+        self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "gather", tag: str = ""
+    ) -> Handle:
         """output [n * k] <- the k elements of every rank, in group order. `tensor` may be this rank's own range of `output`."""
 
-    def start_reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "reduce", tag: str = "") -> Handle:
+    def start_reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
         """output [k] <- this rank's range of the sum of tensor [n * k]. `output` may be this rank's own range of `tensor`."""
 
     def start_all_to_all(
@@ -95,13 +101,17 @@ class Collectives(Protocol):
     def start_exchange(self, transfers: Sequence[Transfer], axes: Axes, *, tag: str = "") -> Handle:
         """Batched point-to-point: all sends and receives together, in any order, without deadlock."""
 
-    def all_reduce(self, tensor: torch.Tensor, axes: Axes, *, cotangent: Cotangent = "replicated", tag: str = "") -> torch.Tensor:
+    def all_reduce(
+        self, tensor: torch.Tensor, axes: Axes, *, cotangent: Cotangent = "replicated", tag: str = ""
+    ) -> torch.Tensor:
         """The sum. Backward: the gradient as it is when `replicated` (Megatron's g), summed when `partial`."""
 
     def replicate(self, tensor: torch.Tensor, axes: Axes, *, tag: str = "") -> torch.Tensor:
         """The tensor itself; backward sums the gradient over `axes` (Megatron's f)."""
 
-    def all_gather(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, cotangent: Cotangent = "partial", tag: str = "") -> torch.Tensor:
+    def all_gather(
+        self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, cotangent: Cotangent = "partial", tag: str = ""
+    ) -> torch.Tensor:
         """Concatenates along `dim`. Backward: reduce-scatter when `partial`, this rank's range when `replicated`."""
 
     def reduce_scatter(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:
@@ -169,13 +179,19 @@ class SingleProcess:
     ) -> Handle:
         return DoneHandle()
 
-    def start_all_reduce_coalesced(self, tensors: Sequence[torch.Tensor], axes: Axes, *, use: str = "reduce", tag: str = "") -> Handle:
+    def start_all_reduce_coalesced(
+        self, tensors: Sequence[torch.Tensor], axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
         return DoneHandle()
 
-    def start_all_gather(self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "gather", tag: str = "") -> Handle:
+    def start_all_gather(
+        self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "gather", tag: str = ""
+    ) -> Handle:
         return _copied(output, tensor)
 
-    def start_reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "reduce", tag: str = "") -> Handle:
+    def start_reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
         return _copied(output, tensor)
 
     def start_all_to_all(
@@ -200,13 +216,17 @@ class SingleProcess:
             target.copy_(source)
         return DoneHandle()
 
-    def all_reduce(self, tensor: torch.Tensor, axes: Axes, *, cotangent: Cotangent = "replicated", tag: str = "") -> torch.Tensor:
+    def all_reduce(
+        self, tensor: torch.Tensor, axes: Axes, *, cotangent: Cotangent = "replicated", tag: str = ""
+    ) -> torch.Tensor:
         return tensor
 
     def replicate(self, tensor: torch.Tensor, axes: Axes, *, tag: str = "") -> torch.Tensor:
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, cotangent: Cotangent = "partial", tag: str = "") -> torch.Tensor:
+    def all_gather(
+        self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, cotangent: Cotangent = "partial", tag: str = ""
+    ) -> torch.Tensor:
         return tensor
 
     def reduce_scatter(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:

@@ -89,6 +89,8 @@ class EstimateTable:
 
     def peak_bytes(self) -> np.ndarray:
         """Memory of the fullest rank: states, transients, and activations of all microbatches in flight."""
-        states = sum(self.column(name) for name in ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes"))
+        states = self.column("parameter_bytes") + self.column("master_bytes")
+        states = states + self.column("gradient_bytes") + self.column("optimizer_bytes")
         activations = self.column("activation_bytes_per_microbatch") * self.column("num_microbatches_in_flight")
-        return states + self.column("transient_bytes") + activations
+        total: np.ndarray = states + self.column("transient_bytes") + activations
+        return total

@@ -39,7 +39,7 @@ class KeyedMethods:
     left: list[str] = field(default_factory=list)
 
 
-class CannotRewrite(Exception):
+class CannotRewriteError(Exception):
     """Why one function's calls are left as they are: the rest of a sentence that begins with its name."""
 
 
@@ -62,7 +62,7 @@ def keyed_methods(kind: type[nn.Module]) -> KeyedMethods:
                     _check_overridden(function, parent.__name__, overriding)
                 elif (copy := _copy(function, parent.__name__, numbers, is_method=function is value)) is not None:
                     found.copies[name] = copy
-            except CannotRewrite as reason:
+            except CannotRewriteError as reason:
                 found.left.append(f"{label} {reason}")
             found.left.extend(f"{label} calls {other}" for other in sorted(_other_draws(function)))
             overriding.append(function)
@@ -72,17 +72,17 @@ def keyed_methods(kind: type[nn.Module]) -> KeyedMethods:
 def _check_overridden(function: FunctionType, class_name: str, overriding: list[FunctionType]) -> None:
     """What a subclass overrides is only reached by `super()` or by the parent's name, and there an instance's copy would not be found.
 
-    Raises: CannotRewrite.
+    Raises: CannotRewriteError.
     """
     reaching = {"super", class_name}
     if _calls_dropout(function) and any(reaching & set(code.co_names) for over in overriding for code in _codes(over)):
-        raise CannotRewrite("is called by a subclass that overrides it")
+        raise CannotRewriteError("is called by a subclass that overrides it")
 
 
 def _copy(function: FunctionType, class_name: str, numbers: Iterator[int], *, is_method: bool) -> FunctionType | None:
     """The function with its calls replaced, or around a copy of a function in its closure whose calls are: decoration keeps its layers.
 
-    is_method: whether its first argument is the module. None: there is nothing to replace. Raises: CannotRewrite.
+    is_method: whether its first argument is the module. None: there is nothing to replace. Raises: CannotRewriteError.
     """
     code = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
@@ -95,11 +95,13 @@ def _copy(function: FunctionType, class_name: str, numbers: Iterator[int], *, is
                 inner[id(wrapped)], cells[name] = copy, CellType(copy)
     if _calls_dropout(function):
         if not is_method or code.co_argcount == 0:
-            raise CannotRewrite("calls dropout without the module as its first argument")
+            raise CannotRewriteError("calls dropout without the module as its first argument")
         code = _keyed_code(function, class_name, numbers)
     elif not inner:
         return None
-    new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in code.co_freevars))
+    new = FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in code.co_freevars)
+    )
     new.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(new, function)
     below = vars(function).get("__wrapped__")
@@ -115,13 +117,13 @@ def _keyed_code(function: FunctionType, class_name: str, numbers: Iterator[int])
     code = function.__code__
     definition, tree = _parsed(function, class_name)
     if not _same_code(_compiled(tree, code), code):
-        raise CannotRewrite("has a source that is not its code's")
+        raise CannotRewriteError("has a source that is not its code's")
     module = code.co_varnames[0]
     replacing = _Replacing(_Resolver(function), module, numbers)
     for statement in definition.body:
         replacing.visit(statement)
     if any(_binds(node, module) for statement in definition.body for node in ast.walk(statement)):
-        raise CannotRewrite(f"gives `{module}` another meaning")
+        raise CannotRewriteError(f"gives `{module}` another meaning")
     first = 1 if ast.get_docstring(definition, clean=False) is not None else 0
     starts = [ast.parse(f"{name} = {number}").body[0] for name, number in replacing.counters.items()]
     for start in starts:
@@ -131,7 +133,7 @@ def _keyed_code(function: FunctionType, class_name: str, numbers: Iterator[int])
     try:
         return _compiled(ast.fix_missing_locations(tree), code).replace(co_qualname=code.co_qualname)
     except SyntaxError as error:  # in a comprehension's iterable there can be no counter
-        raise CannotRewrite("calls dropout where it cannot be counted") from error
+        raise CannotRewriteError("calls dropout where it cannot be counted") from error
 
 
 def _parsed(function: FunctionType, class_name: str) -> tuple[ast.FunctionDef, ast.Module]:
@@ -145,10 +147,10 @@ def _parsed(function: FunctionType, class_name: str) -> tuple[ast.FunctionDef, a
         is_indented = source[:1] in (" ", "\t")
         tree = ast.parse(f"class {class_name}:\n{source}" if is_indented else f"if True:\n  pass\n{source}")
     except (OSError, TypeError, SyntaxError) as error:
-        raise CannotRewrite("has no source") from error
+        raise CannotRewriteError("has no source") from error
     definition = tree.body[0].body[0] if isinstance(tree.body[0], ast.ClassDef) else tree.body[-1]
     if not isinstance(definition, ast.FunctionDef):
-        raise CannotRewrite("is no plain function")
+        raise CannotRewriteError("is no plain function")
     ast.increment_lineno(tree, code.co_firstlineno - (2 if is_indented else 3))
     definition.decorator_list = []
     free = ", ".join(name for name in code.co_freevars if name != "__class__")
@@ -221,7 +223,9 @@ class _Replacing(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         before = self._is_nested, self._in_loop
-        self._is_nested = self._is_nested or isinstance(node, _NESTED)  # its local variables begin anew at each call: nothing to count with
+        self._is_nested = self._is_nested or isinstance(
+            node, _NESTED
+        )  # its local variables begin anew at each call: nothing to count with
         self._in_loop = self._in_loop or isinstance(node, _LOOPS)
         try:
             return super().visit(node)
@@ -255,7 +259,7 @@ class _Replacing(ast.NodeTransformer):
 
     def _refuse(self, node: ast.expr) -> None:
         if self._resolve(node) is F.dropout:
-            raise CannotRewrite("hands dropout on instead of calling it")
+            raise CannotRewriteError("hands dropout on instead of calling it")
 
 
 def _binds(node: ast.AST, name: str) -> bool:

@@ -50,7 +50,11 @@ def local_square_norm(
 
     Shards may lie on other devices (offload).
     """
-    owned = [shard.gradient for shard in _trained(state) if shard.layout.state.owns(coordinate) and shard.gradient is not None]
+    owned = [
+        shard.gradient
+        for shard in _trained(state)
+        if shard.layout.state.owns(coordinate) and shard.gradient is not None
+    ]
     by_device: defaultdict[torch.device, list[torch.Tensor]] = defaultdict(list)
     for gradient in owned:
         if gradient.numel():

@@ -131,8 +131,8 @@ def install_keyed_dropout(model: nn.Module) -> KeyedDropoutState:
     for number, (name, module) in enumerate(model.named_modules()):
         kind = type(module)
         if kind.forward is nn.Dropout.forward and "forward" not in vars(module):
-            module.keyed_layer = state.add(name, number)  # type: ignore[assignment]
-            module.forward = MethodType(_keyed_forward, module)  # type: ignore[method-assign]
+            module.keyed_layer = state.add(name, number)
+            module.forward = MethodType(_keyed_forward, module)
             continue
         if _draws_inside(module):
             state.unkeyed.append(name)
@@ -143,8 +143,10 @@ def install_keyed_dropout(model: nn.Module) -> KeyedDropoutState:
         taken = [method for method in found.copies if method in vars(module)]
         state.unkeyed.extend(f"{name}: {method} is replaced on this module" for method in taken)
         if len(taken) < len(found.copies):
-            module.keyed_layer = state.add(name, number)  # type: ignore[assignment]
-            vars(module).update({key: MethodType(copy, module) for key, copy in found.copies.items() if key not in taken})
+            module.keyed_layer = state.add(name, number)
+            vars(module).update(
+                {key: MethodType(copy, module) for key, copy in found.copies.items() if key not in taken}
+            )
     return state
 
 

@@ -33,7 +33,7 @@ class LocalState:
             master = parameter
             if layout.trainable and precision.master != precision.compute:
                 master = nn.Parameter(torch.empty(layout.shape, dtype=precision.master, device=device))
-                parameter.register_post_accumulate_grad_hook(self._accumulate(name))
+                parameter.register_post_accumulate_grad_hook(self._accumulate(name))  # type: ignore[no-untyped-call]
             self._shards[name] = Shard(layout, parameter, master)
 
     def _accumulate(self, name: str) -> Callable[[torch.Tensor], None]:

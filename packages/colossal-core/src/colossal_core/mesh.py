@@ -33,7 +33,7 @@ class DerivedAxis:
 
 @dataclass(frozen=True)
 class SharingSet:
-    """Pipeline stages that hold one and the same parameter (a tied embedding), as an axis of its own: `stages` are pp coordinates, ascending.
+    """Pipeline stages that hold one and the same parameter (a tied embedding), as an axis: `stages` are pp coordinates, ascending.
 
     Only ranks of those stages have a coordinate along it; the lowest stage owns what is shared.
     """
@@ -48,7 +48,7 @@ class MeshLayout:
 
     sizes: one size for each of `BASE_AXES`, all at least 1.
     derived: folds and factors that strategies added (`with_axis`). `dp` and `shard` are always there.
-    sharing: sets of stages that hold one and the same parameter; a group over one, or over it and then other axes, is asked for by its name.
+    sharing: sets of stages that hold one and the same parameter; a group over one, or over it and other axes after it, is asked for by name.
     """
 
     sizes: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1)

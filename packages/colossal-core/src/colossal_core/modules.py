@@ -46,7 +46,9 @@ def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
-                module.register_buffer(name, buffer.to(dtype), persistent=name not in module._non_persistent_buffers_set)
+                module.register_buffer(
+                    name, buffer.to(dtype), persistent=name not in module._non_persistent_buffers_set
+                )
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -54,4 +56,6 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta and buffer.device != device:
-                module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )

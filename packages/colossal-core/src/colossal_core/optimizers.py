@@ -27,7 +27,8 @@ OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 class ClippingOptimizer(Protocol):
     """An optimizer that folds clipping and skipping into its step: no synchronisation, no copy of the gradients."""
 
-    param_groups: Groups
+    @property
+    def param_groups(self) -> Groups: ...
 
     def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
         """clip: 0-d factor of every gradient. skip: 0-d bool; nothing changes where it is true."""
@@ -65,7 +66,10 @@ class AdamW(torch.optim.Optimizer):
         self._step_count = torch.zeros((), dtype=torch.float32, device=device)
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                self.state[parameter] = {
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None, "closures are not supported: core runs the forward and backward pass"
@@ -77,7 +81,11 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             settings = AdamWSettings(
-                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"]
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
             )
             self._adamw_step(
                 parameters,
@@ -132,14 +140,19 @@ class SGD(torch.optim.Optimizer):
                 fresh = torch._foreach_add(torch._foreach_mul(moments, group["momentum"]), update)
                 update = fresh
                 torch._foreach_copy_(moments, _kept_where(skip, moments, fresh))
-            torch._foreach_copy_(parameters, _kept_where(skip, parameters, torch._foreach_add(parameters, update, alpha=-group["lr"])))
+            torch._foreach_copy_(
+                parameters, _kept_where(skip, parameters, torch._foreach_add(parameters, update, alpha=-group["lr"]))
+            )
 
     def state_tensors(self) -> Iterable[tuple[str, torch.nn.Parameter | None, torch.Tensor]]:
-        for parameter, state in self.state.items():
-            yield "sgd.momentum", parameter, state["momentum"]
+        for group in self.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                yield "sgd.momentum", parameter, self.state[parameter]["momentum"]
 
 
-def _kept_where(skip: torch.Tensor | None, old: Iterable[torch.Tensor], new: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def _kept_where(
+    skip: torch.Tensor | None, old: Iterable[torch.Tensor], new: Iterable[torch.Tensor]
+) -> list[torch.Tensor]:
     """The new values, or the old ones where the 0-d flag is true: selected, not multiplied, so that a NaN cannot leak."""
     if skip is None:
         return list(new)
@@ -150,7 +163,19 @@ ADAMW = OptimizerSpec("adamw", AdamW, state_elements=2, keys=("lr", "betas", "ep
 SGD_SPEC = OptimizerSpec("sgd", SGD, state_elements=1, keys=("lr", "momentum", "weight_decay", "no_decay"))
 
 ALWAYS_KEYS = ("name", "max_grad_norm", "elementwise")
-ELEMENTWISE_TORCH = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+ELEMENTWISE_TORCH = (
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+)
 """torch.optim classes whose update is elementwise, read in torch 2.13. Adafactor and Muon read rows, columns or matrices."""
 
 
@@ -171,7 +196,9 @@ class ForeignOptimizer:
     def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
         if skip is not None and bool(skip):
             return
-        masters = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        masters = [
+            parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
         raw = [cast("torch.Tensor", parameter.grad) for parameter in masters]
         if clip is not None and raw:
             for parameter, gradient in zip(masters, torch._foreach_mul(raw, clip), strict=True):
@@ -185,8 +212,8 @@ class ForeignOptimizer:
         if not self.optimizer.state:
             self._make_state()
         name = type(self.optimizer).__name__.lower()
-        for parameter, state in self.optimizer.state.items():
-            for key, value in state.items():
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            for key, value in self.optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor):
                     yield f"{name}.{key}", parameter, value
 
@@ -233,7 +260,9 @@ def build_optimizer(
     extra = [key for key in sorted(config.optimizer.model_fields_set) if key not in ("max_grad_norm", "elementwise")]
     if extra and config.was_set("optimizer"):
         reason = "is set beside an optimizer that was handed to boost"
-        raise ConfigError(Problem(f"optimizer.{key}", reason, "set it on the optimizer, and remove it here") for key in extra)
+        raise ConfigError(
+            Problem(f"optimizer.{key}", reason, "set it on the optimizer, and remove it here") for key in extra
+        )
     if isinstance(given, torch.optim.Optimizer):
         _repoint(given, state, names)
         made = given
@@ -264,13 +293,17 @@ def optimizer_problems(config: TrainConfig, specs: Mapping[str, OptimizerSpec]) 
         yield Problem("optimizer.name", "no installed package has this optimizer", remedy, config.optimizer.name)
         return
     for key in sorted(config.optimizer.model_fields_set - set(spec.keys) - set(ALWAYS_KEYS)):
-        yield Problem(f"optimizer.{key}", f"{spec.name} does not read it", f"remove it; {spec.name} reads {', '.join(spec.keys)}")
+        yield Problem(
+            f"optimizer.{key}", f"{spec.name} does not read it", f"remove it; {spec.name} reads {', '.join(spec.keys)}"
+        )
 
 
 def _repoint(optimizer: torch.optim.Optimizer, state: ParameterState, names: Mapping[int, str]) -> None:
     """Replaces the user's parameters in every group by the masters of this rank; frozen ones are left out."""
     if optimizer.state:
-        raise ConfigError([Problem("optimizer", "the instance handed to boost has already made steps", "hand over a fresh one")])
+        raise ConfigError(
+            [Problem("optimizer", "the instance handed to boost has already made steps", "hand over a fresh one")]
+        )
     for group in optimizer.param_groups:
         masters = []
         for parameter in group["params"]:

@@ -49,7 +49,8 @@ class PlanDraft:
 
     layouts: by full name, in the order of `named_parameters()`. block_names: the model's blocks, in
     order of execution. decisions: kind (`recompute`) -> block -> value. program: the actions of
-    every pp rank. input_cuts: how batch keys are split over axes. data: what a strategy needs again in `apply` (JSON values under its own name). notes: automatic choices, for the reader.
+    every pp rank. input_cuts: how batch keys are split over axes. data: what a strategy needs again in `apply` (JSON values under its own
+    name). notes: automatic choices, for the reader.
     touched: (phase, strategy, full names) for each strategy that changed a layout, kept by `make_plan`.
     """
 
@@ -116,7 +117,10 @@ class Plan(PlanDraft):
 
     def describe(self) -> str:
         """The plan as text: one line a fact, stable from run to run."""
-        axes = ", ".join(f"{axis} {self.mesh.size(axis)}" for axis in BASE_AXES if self.mesh.size(axis) > 1) or "one process"
+        axes = (
+            ", ".join(f"{axis} {self.mesh.size(axis)}" for axis in BASE_AXES if self.mesh.size(axis) > 1)
+            or "one process"
+        )
         total = sum(layout.numel for layout in self.layouts.values())
         trained = sum(layout.numel for layout in self.layouts.values() if layout.trainable)
         tied = sum(1 for layout in self.layouts.values() if layout.aliases)
@@ -200,7 +204,11 @@ def make_plan(
         draft = replace(changed, applied=(*draft.applied, (strategy.phase.name.lower(), strategy.name)))
     problems += _layout_problems(draft)
     raise_problems(problems)
-    return Plan(**{name: getattr(draft, name) for name in PlanDraft.__dataclass_fields__}, ops=ops.providers(), model_class=anatomy.class_name)
+    return Plan(
+        **{name: getattr(draft, name) for name in PlanDraft.__dataclass_fields__},
+        ops=ops.providers(),
+        model_class=anatomy.class_name,
+    )
 
 
 def initial_layouts(anatomy: ModelAnatomy, mesh: MeshLayout) -> dict[str, ParameterLayout]:
@@ -212,7 +220,13 @@ def initial_layouts(anatomy: ModelAnatomy, mesh: MeshLayout) -> dict[str, Parame
         placement = Placement(fact.shape, replicated=copies, partial=partial if fact.trainable else ())
         unit = fact.block or fact.full_name.rpartition(".")[0]
         layouts[fact.full_name] = ParameterLayout(
-            fact.full_name, fact.shape, placement, placement, aliases=fact.names[1:], block=unit, trainable=fact.trainable
+            fact.full_name,
+            fact.shape,
+            placement,
+            placement,
+            aliases=fact.names[1:],
+            block=unit,
+            trainable=fact.trainable,
         )
     return layouts
 
@@ -227,8 +241,8 @@ def mesh_of(axis_sizes: Mapping[str, int], world_size: int) -> MeshLayout:
 def _mesh(axis_sizes: Mapping[str, int], world_size: int) -> tuple[MeshLayout, list[Problem]]:
     asked = math.prod(axis_sizes.values())
     if world_size % asked:
-        sizes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes.items() if size > 1)
-        reason = f"the sizes asked for need a multiple of {asked} ranks ({sizes}), and there are {world_size}"
+        named = " x ".join(f"{axis} {size}" for axis, size in axis_sizes.items() if size > 1)
+        reason = f"the sizes asked for need a multiple of {asked} ranks ({named}), and there are {world_size}"
         return MeshLayout(), [Problem("parallel", reason, f"start {asked} ranks or change the sizes")]
     sizes = {**axis_sizes, "dp_shard": world_size // asked}
     pp, replicate, shard, context, tensor = (sizes.get(axis, 1) for axis in BASE_AXES)
@@ -266,19 +280,27 @@ def _core_problems(
         yield Problem("model", "has no parameter with requires_grad", "unfreeze what is to be trained")
     if anatomy.auxiliary_loss:
         reason = "the model returns an auxiliary loss beside the logits, whose unit is not declared"
-        yield Problem("model.config.output_router_logits", reason, "set it to false, or pass loss_fn and add the term there", True)
+        yield Problem(
+            "model.config.output_router_logits", reason, "set it to false, or pass loss_fn and add the term there", True
+        )
     if config.precision == "fp16" and config.train.non_finite == "stop" and config.was_set("train.non_finite"):
-        yield Problem("train.non_finite", "fp16 skips steps whose gradients overflow", "leave it out or use skip", "stop")
+        yield Problem(
+            "train.non_finite", "fp16 skips steps whose gradients overflow", "leave it out or use skip", "stop"
+        )
 
 
 def _conflicts(
-    strategy: Strategy, names: frozenset[str], touched: Mapping[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]]
+    strategy: Strategy,
+    names: frozenset[str],
+    touched: Mapping[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]],
 ) -> Iterable[Problem]:
     for (phase, other), (_, other_names, other_after) in touched.items():
         both = sorted(names & other_names)
         if phase is strategy.phase and both and other not in strategy.after and strategy.name not in other_after:
             reason = f"touches {both[0]} in phase {phase.name.lower()}, as {other} does"
-            yield Problem(f"strategy {strategy.name}", reason, f"declare after=({other!r},) in one of them, or use one only")
+            yield Problem(
+                f"strategy {strategy.name}", reason, f"declare after=({other!r},) in one of them, or use one only"
+            )
 
 
 def _layout_problems(draft: PlanDraft) -> Iterable[Problem]:

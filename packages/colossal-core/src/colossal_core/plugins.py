@@ -47,7 +47,9 @@ class Plugins:
 
     def strategies(self) -> tuple[StrategySpec, ...]:
         """Every strategy, by name. Two of one name are an error."""
-        specs = sorted((spec for found in self.manager.hook.colossal_strategies() for spec in found), key=lambda spec: spec.name)
+        specs = sorted(
+            (spec for found in self.manager.hook.colossal_strategies() for spec in found), key=lambda spec: spec.name
+        )
         names = [spec.name for spec in specs]
         doubled = sorted({name for name in names if names.count(name) > 1})
         reason = "two installed plugins contribute a strategy of this name"
@@ -62,7 +64,13 @@ class Plugins:
         for specs in self.manager.hook.colossal_optimizers():
             for spec in specs:
                 if spec.name in found:
-                    raise PluginError([Problem(f"optimizer {spec.name}", "two installed plugins contribute it", "uninstall one of them")])
+                    raise PluginError(
+                        [
+                            Problem(
+                                f"optimizer {spec.name}", "two installed plugins contribute it", "uninstall one of them"
+                            )
+                        ]
+                    )
                 found[spec.name] = spec
         return found
 
@@ -94,7 +102,9 @@ def in_order(strategies: Iterable[Strategy]) -> tuple[Strategy, ...]:
         ready = [s for s in pending if not any((s.phase, name) in waiting for name in s.after)]
         if not ready:
             names = ", ".join(strategy.name for strategy in pending)
-            raise PluginError([Problem("strategies", f"{names} wait for one another by `after`", "uninstall one of them")])
+            raise PluginError(
+                [Problem("strategies", f"{names} wait for one another by `after`", "uninstall one of them")]
+            )
         ordered.append(ready[0])
         pending.remove(ready[0])
     return tuple(ordered)
@@ -139,7 +149,9 @@ def discover(entry_points: Sequence[metadata.EntryPoint] | None = None, allow: s
     return Plugins(manager, tuple(infos))
 
 
-def _choose(entry_points: Sequence[metadata.EntryPoint], allow: str | None) -> tuple[list[metadata.EntryPoint], list[Problem]]:
+def _choose(
+    entry_points: Sequence[metadata.EntryPoint], allow: str | None
+) -> tuple[list[metadata.EntryPoint], list[Problem]]:
     """The entry points to load, by name, and what is wrong with their names."""
     problems: list[Problem] = []
     by_name: dict[str, list[metadata.EntryPoint]] = {}
@@ -149,12 +161,18 @@ def _choose(entry_points: Sequence[metadata.EntryPoint], allow: str | None) -> t
     allowed = sorted(by_name) if allow is None else [name.strip() for name in allow.split(",") if name.strip()]
     for name in sorted(set(allowed) - set(by_name)):
         installed = ", ".join(sorted(by_name)) or "none"
-        problems.append(Problem(ALLOW_LIST_VARIABLE, f"names a plugin that is not installed; installed: {installed}", "correct it", name))
+        problems.append(
+            Problem(
+                ALLOW_LIST_VARIABLE, f"names a plugin that is not installed; installed: {installed}", "correct it", name
+            )
+        )
     chosen = []
     for name in sorted(set(allowed) & set(by_name)):
         owners = sorted({found.dist.name if found.dist is not None else "unknown" for found in by_name[name]})
         if len(by_name[name]) > 1 and len(owners) > 1:
-            problems.append(Problem(f"plugin {name}", f"provided by {' and by '.join(owners)}", "uninstall one of them"))
+            problems.append(
+                Problem(f"plugin {name}", f"provided by {' and by '.join(owners)}", "uninstall one of them")
+            )
         else:
             chosen.append(by_name[name][0])
     return chosen, problems
@@ -170,7 +188,9 @@ def _contract_problems(name: str, owner: str, plugin: Any) -> Iterable[Problem]:
         reason = f"was written for plugin API {declared[0]}.{declared[1]}; this colossal-core has {major}.{minor}"
         yield Problem(f"plugin {name}", reason, f"pip install --upgrade {owner} colossal-core")
     for hook in _hooks_of(plugin):
-        defaults = [p.name for p in inspect.signature(getattr(plugin, hook)).parameters.values() if p.default is not p.empty]
+        defaults = [
+            p.name for p in inspect.signature(getattr(plugin, hook)).parameters.values() if p.default is not p.empty
+        ]
         if defaults:
             reason = f"{hook} gives {', '.join(defaults)} a default value, whose meaning depends on pluggy's version"
             yield Problem(f"plugin {name}", reason, f"remove the default in {owner}")
@@ -186,7 +206,9 @@ def _register(manager: pluggy.PluginManager, name: str, plugin: Any, owner: str)
     try:
         manager.register(plugin, name)
     except pluggy.PluginValidationError as error:
-        raise PluginError([Problem(f"plugin {name}", str(error).replace("\n", " "), f"repair or uninstall {owner}")]) from None
+        raise PluginError(
+            [Problem(f"plugin {name}", str(error).replace("\n", " "), f"repair or uninstall {owner}")]
+        ) from None
     api = getattr(plugin, "COLOSSAL_PLUGIN_API", hookspecs.PLUGIN_API)
     return PluginInfo(name, owner, _version(owner), api, _hooks_of(plugin))
 

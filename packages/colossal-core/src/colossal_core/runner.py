@@ -87,7 +87,9 @@ class PlainRunner:
     def _forward(self, step: int, batch: dict[str, torch.Tensor], microbatch: int) -> MicrobatchLoss:
         plan = self._plan.batch
         self._context.hooks.call("before_microbatch", StepView(step, microbatch, self._state))
-        self._random.seed(step, microbatch, batches.sample_ids(plan, self._data_index, microbatch, self._context.device))
+        self._random.seed(
+            step, microbatch, batches.sample_ids(plan, self._data_index, microbatch, self._context.device)
+        )
         with lifted(self._context):
             return self._loss_owner(self._model, batches.cut(batch, microbatch, plan.micro_size))
 
@@ -101,7 +103,9 @@ class PlainRunner:
     def evaluate(self, batch: dict[str, torch.Tensor]) -> list[MicrobatchLoss]:
         size, micro = next(iter(batch.values())).shape[0], self._plan.batch.micro_size
         with torch.no_grad(), lifted(self._context):
-            return [self._loss_owner(self._model, batches.cut(batch, index, micro)) for index in range(-(-size // micro))]
+            return [
+                self._loss_owner(self._model, batches.cut(batch, index, micro)) for index in range(-(-size // micro))
+            ]
 
 
 def lifted(context: ApplyContext) -> AbstractContextManager[object]:

@@ -109,7 +109,9 @@ class StepEngine:
         """The batch on this rank's device, with the labels that each position predicts, and this rank's part of what the plan cuts."""
         moved = batches.to_device(batch, self.context.device, self.context.precision.compute)
         mesh = self.context.collectives.mesh
-        return batches.take_part(self.loss_owner.with_targets(moved), self.plan.input_cuts, self.context.coordinate, mesh)
+        return batches.take_part(
+            self.loss_owner.with_targets(moved), self.plan.input_cuts, self.context.coordinate, mesh
+        )
 
     def _total_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Items of the global batch, at least 1: what every microbatch's loss is divided by before backward."""
@@ -117,7 +119,9 @@ class StepEngine:
         self.context.collectives.start_all_reduce(items, LOSS_AXES, use="reduce", tag="items").wait()
         return items.clamp(min=1.0)
 
-    def _finish(self, losses: list[MicrobatchLoss], divisor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _finish(
+        self, losses: list[MicrobatchLoss], divisor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss, items and gradient norm of the global batch; gradients are unscaled, and rescaled where the divisor was provisional.
 
         The norm is taken of the gradients as they lie in the shards and rescaled with them: one all-reduce serves all three numbers.
@@ -163,4 +167,3 @@ class StepEngine:
             self.model.train(training)
         loss_sum, items = sum_over_world(self._local_sums(parts), self.context.collectives, torch.float64)
         return EvalResult(loss_sum / items.clamp(min=1.0), loss_sum, items.to(torch.int64))
-

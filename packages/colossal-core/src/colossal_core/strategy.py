@@ -116,7 +116,13 @@ class Replayable(Protocol):
 
 
 HookEvent = Literal["before_step", "before_microbatch", "gradients_ready", "before_optimizer", "after_step"]
-HOOK_EVENTS: tuple[HookEvent, ...] = ("before_step", "before_microbatch", "gradients_ready", "before_optimizer", "after_step")
+HOOK_EVENTS: tuple[HookEvent, ...] = (
+    "before_step",
+    "before_microbatch",
+    "gradients_ready",
+    "before_optimizer",
+    "after_step",
+)
 
 
 @dataclass(frozen=True)

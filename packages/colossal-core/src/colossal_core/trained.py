@@ -115,7 +115,11 @@ class Trained:
         """(kind, full name, whole tensor) of everything registered beside the parameters: optimizer states, what plugins keep."""
         for tensor in self._tensors():
             if tensor.kind not in ("parameter", "buffer"):
-                yield tensor.kind, tensor.full_name, gather_full(tensor.local, tensor.placement, self._engine.context.collectives)
+                yield (
+                    tensor.kind,
+                    tensor.full_name,
+                    gather_full(tensor.local, tensor.placement, self._engine.context.collectives),
+                )
 
     def save(self, directory: str | Path) -> Path:
         """Writes a checkpoint of this step under `directory`; each rank writes what it owns. Returns its folder."""
@@ -153,7 +157,9 @@ class Trained:
         Communication: each parameter is gathered by itself; no rank holds the whole model on its device.
         """
         if self._exporter is None:
-            raise ColossalError("export_hf: needs a model boosted by colossal_launch.Booster: pip install 'colossal-launch[hf]'")
+            raise ColossalError(
+                "export_hf: needs a model boosted by colossal_launch.Booster: pip install 'colossal-launch[hf]'"
+            )
         self._exporter(self, Path(directory), dtype)
 
     def any_rank(self, flag: bool) -> bool:
@@ -192,7 +198,10 @@ class Trained:
             placement: Placement = shard.layout.state if same and shard else whole.as_replicated(tuple(tensor.shape))
             found.append(RegisteredTensor(kind, shard.layout.full_name if shard else "optimizer", tensor, placement))
         if engine.loss_scale is not None:
-            for kind, tensor in (("loss_scale.scale", engine.loss_scale.scale), ("loss_scale.good_steps", engine.loss_scale.good_steps)):
+            for kind, tensor in (
+                ("loss_scale.scale", engine.loss_scale.scale),
+                ("loss_scale.good_steps", engine.loss_scale.good_steps),
+            ):
                 found.append(RegisteredTensor(kind, "step", tensor, whole.as_replicated(())))
         return found + list(engine.context.tensors)
 

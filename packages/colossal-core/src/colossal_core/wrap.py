@@ -16,10 +16,10 @@ from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_opti
 from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
 from colossal_core.precision import LossScale, precision
 from colossal_core.runner import PlainRunner
-from colossal_core.streams import ModelRandom
 from colossal_core.schedule import rates_from_config
 from colossal_core.step import StepEngine
 from colossal_core.strategy import ApplyContext, Phase, Strategy
+from colossal_core.streams import ModelRandom
 from colossal_core.trained import Exporter, Trained
 
 if TYPE_CHECKING:

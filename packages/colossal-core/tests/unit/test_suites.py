@@ -139,7 +139,7 @@ def test_removed_test_is_refused() -> None:
     with pytest.raises(TypeError, match=r"^Cheating redefines test_arguments_are_left_alone: "):
 
         class Cheating(OpSuite):
-            test_arguments_are_left_alone = None
+            test_arguments_are_left_alone = None  # type: ignore[assignment]
 
 
 def test_test_replaced_afterwards_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""What `colossal verify` compares: the config's model, shrunk, on made-up batches. Builders are data, so that every rank can repeat them."""
+"""What `colossal verify` compares: the config's model, shrunk, on made-up batches. Builders are data: every rank repeats them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ShrunkModel:
         else:
             from transformers import AutoConfig
 
-            full = AutoConfig.from_pretrained(section.pretrained, **section.config)
+            full = AutoConfig.from_pretrained(str(section.pretrained), **section.config)
         small = shrink_config(full, section.verify_config)
         for key in FUSED_DROPOUT_KEYS:
             if getattr(small, key, 0.0):
@@ -55,25 +55,30 @@ class ShrunkModel:
         return small
 
     def __call__(self) -> nn.Module:
+        return self.build()[0]
+
+    def build(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """The model, and what of its attention modules had a dropout that is now 0 (T5 has one config key for all dropouts)."""
         from colossal_launch.models.architecture import quiet_transformers, training_class
 
         small = self.config()
         with quiet_transformers():
             model: nn.Module = training_class(small)._from_config(small)  # type: ignore[attr-defined]
-        for module in attention_modules(model):
-            vars(module).update({key: 0.0 for key, value in vars(module).items() if _is_dropout(key, value)})
-        return model
+        return model, _without_attention_dropout(model)
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that reach their kernel through transformers' attention interface, which they hand a dropout probability."""
+def _without_attention_dropout(model: nn.Module) -> tuple[str, ...]:
+    """Sets to 0 each probability that a module hands to its attention kernel; other dropouts of the model stay. Returns class.attribute."""
     from colossal_core.interfaces import ATTENTION_INTERFACE, modules_reaching
 
-    return [model.get_submodule(name) for name in modules_reaching(model, ATTENTION_INTERFACE)]
-
-
-def _is_dropout(name: str, value: object) -> bool:
-    return "drop" in name and isinstance(value, float)
+    found: dict[str, None] = {}
+    for name in modules_reaching(model, ATTENTION_INTERFACE):
+        module = model.get_submodule(name)
+        for key, value in vars(module).items():
+            if "drop" in key and isinstance(value, float) and value > 0.0:
+                vars(module)[key] = 0.0
+                found[f"{type(module).__name__}.{key}"] = None
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def verification_of(setup: Setup) -> Verification:
 
 
 def _notes(shrunk: ShrunkModel, small: Any) -> list[str]:
-    module = shrunk()
+    module, silenced = shrunk.build()
     count = sum(parameter.numel() for parameter in module.parameters())
     notes = [f"{type(module).__name__}, shrunk to {count:,} parameters"]
     from colossal_core.config import ModelConfig
@@ -160,8 +165,15 @@ def _notes(shrunk: ShrunkModel, small: Any) -> list[str]:
     section = ModelConfig.model_validate_json(shrunk.settings)
     asked = {**(type(small)().to_dict()), **section.config}
     off = [key for key in FUSED_DROPOUT_KEYS if isinstance(asked.get(key), float) and asked[key] > 0]
-    if off:
-        notes.append(
-            f"{', '.join(off)} is compared at 0: a fused attention kernel draws its numbers by microbatch, not by sample"
-        )
-    return notes
+    if off or silenced:
+        why = "a fused attention kernel draws its numbers by microbatch, not by sample"
+        notes.append(f"{', '.join([*off, *silenced])} is compared at 0: {why}")
+    return [*notes, *_unkeyed_notes(module)]
+
+
+def _unkeyed_notes(model: nn.Module) -> list[str]:
+    """What draws by microbatch is named: a difference may come from there."""
+    from colossal_core.keyed_dropout import install_keyed_dropout
+
+    unkeyed = install_keyed_dropout(model).unkeyed
+    return [f"draws random numbers by microbatch, not by sample: {'; '.join(unkeyed)}"] if unkeyed else []

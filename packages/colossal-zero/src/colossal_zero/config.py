@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from colossal_core.config import Section
 from pydantic import Field
+
+from colossal_core.config import Section
 
 
 class ZeroConfig(Section):

@@ -1,8 +1,9 @@
-"""What stages 0 and 1 cost, in closed form: bytes of each kind of state on one rank, and bytes sent (Rajbhandari et al. 2020, section 5)."""
+"""What stages 0 and 1 cost, in closed form: bytes of each kind of state on a rank, and bytes sent (Rajbhandari et al. 2020, section 5)."""
 
 from __future__ import annotations
 
 import numpy as np
+
 from colossal_core.estimate import EstimateTable, HardwareProfile
 
 

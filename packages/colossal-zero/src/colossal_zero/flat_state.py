@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from colossal_core.layout import ParameterLayout, take_local
-from colossal_core.shards import Shard
 from torch import nn
 
+from colossal_core.layout import ParameterLayout, take_local
+from colossal_core.shards import Shard
 from colossal_zero.plan import SHARD_AXES, Bucket, bucket_shape
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class FlatBucket:
         self._pieces = [layout.compute.pieces(coordinate, collectives.mesh) for layout in layouts]
         self._gathering: Handle | None = None
         self._reducing: Handle | None = None
-        self.shards = [self._shard(position, layout, shapes[position], slots) for position, layout in enumerate(layouts)]
+        self.shards = [
+            self._shard(position, layout, shapes[position], slots) for position, layout in enumerate(layouts)
+        ]
 
     def _shard(self, position: int, layout: ParameterLayout, shape: Sequence[int], slots: ParameterSlots) -> Shard:
         start, numel = self.shape.offsets[position], self.shape.numels[position]
@@ -105,7 +107,9 @@ class FlatBucket:
         tag = f"gradient bucket {self.index}"
         if self._sharded:
             output = self._gradient[self._own]
-            self._reducing = self._collectives.start_reduce_scatter(output, self._gradient, SHARD_AXES, use="reduce", tag=tag)
+            self._reducing = self._collectives.start_reduce_scatter(
+                output, self._gradient, SHARD_AXES, use="reduce", tag=tag
+            )
         else:
             self._reducing = self._collectives.start_all_reduce(self._gradient, SHARD_AXES, use="reduce", tag=tag)
 
@@ -165,7 +169,8 @@ class FlatState:
         self._next_reduce = 0
         self._is_last = False
         for name, (flat, position) in self._place.items():
-            by_name[name].parameter.register_post_accumulate_grad_hook(self._on_gradient(flat, position))
+            parameter = by_name[name].parameter
+            parameter.register_post_accumulate_grad_hook(self._on_gradient(flat, position))  # type: ignore[no-untyped-call]
 
     @property
     def shards(self) -> Mapping[str, Shard]:
@@ -243,6 +248,8 @@ class FlatState:
 def _frozen(layout: ParameterLayout, slots: ParameterSlots, precision: Precision, collectives: Collectives) -> Shard:
     shape = layout.compute.local_shape(collectives.mesh.coordinate(collectives.rank), collectives.mesh)
     dtype = slots.dtype(layout.full_name)
-    storage = torch.empty(shape, dtype=precision.compute if dtype.is_floating_point else dtype, device=collectives.device)
+    storage = torch.empty(
+        shape, dtype=precision.compute if dtype.is_floating_point else dtype, device=collectives.device
+    )
     parameter = slots.place(layout.full_name, storage)
     return Shard(layout, parameter, parameter)

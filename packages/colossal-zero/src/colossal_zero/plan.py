@@ -29,13 +29,15 @@ class Bucket:
     names: tuple[str, ...]
 
 
-def assign_buckets(layouts: Mapping[str, ParameterLayout], blocks: Sequence[str], bucket_elements: int) -> tuple[Bucket, ...]:
+def assign_buckets(
+    layouts: Mapping[str, ParameterLayout], blocks: Sequence[str], bucket_elements: int
+) -> tuple[Bucket, ...]:
     """The buckets of all trained parameters, in the order in which their reductions are started."""
     inside = frozenset(blocks)
     buckets: list[Bucket] = []
     names: list[str] = []
     filled, key = 0, None
-    for layout in reversed(layouts.values()):
+    for layout in reversed(list(layouts.values())):
         if not layout.trainable:
             continue
         own_key = (layout.block in inside, layout.compute.present)
@@ -67,7 +69,10 @@ class BucketShape:
 
     def held(self, position: int, shard: int) -> tuple[int, int]:
         """The [start, stop) range of the parameter at `position` that shard `shard` holds; empty ranges are (k, k)."""
-        start, stop = shard * self.shard_length - self.offsets[position], (shard + 1) * self.shard_length - self.offsets[position]
+        start, stop = (
+            shard * self.shard_length - self.offsets[position],
+            (shard + 1) * self.shard_length - self.offsets[position],
+        )
         numel = self.numels[position]
         low = min(max(start, 0), numel)
         return low, max(min(stop, numel), low)
@@ -86,7 +91,7 @@ def bucket_shape(numels: Sequence[int], num_shards: int) -> BucketShape:
 def compute_coordinates(placement: Placement, mesh: MeshLayout) -> list[dict[str, int]]:
     """One coordinate for each flat index over the axes that cut the compute placement, the others at 0 or where it is present."""
     axes = tuple(axis for cut in placement.cuts for axis in cut.axes)
-    rest = {axis: 0 for axis in mesh.axis_names} | {axis: held[0] for axis, held in placement.present}
+    rest = dict.fromkeys(mesh.axis_names, 0) | {axis: held[0] for axis, held in placement.present}
     choices = itertools.product(*(range(mesh.size(axis)) for axis in axes))
     return [{**rest, **dict(zip(axes, choice, strict=True))} for choice in choices]
 
@@ -102,8 +107,12 @@ def sharded_layouts(
         coordinates = compute_coordinates(members[0].compute, mesh)
         rows = []
         for coordinate in coordinates:
-            shape = bucket_shape([math.prod(member.compute.local_shape(coordinate, mesh)) for member in members], num_shards)
-            rows.append([tuple(shape.held(position, shard) for shard in range(num_shards)) for position in range(len(members))])
+            shape = bucket_shape(
+                [math.prod(member.compute.local_shape(coordinate, mesh)) for member in members], num_shards
+            )
+            rows.append(
+                [tuple(shape.held(position, shard) for shard in range(num_shards)) for position in range(len(members))]
+            )
         for position, member in enumerate(members):
             ranges = tuple(row[position] for row in rows)
             if len(set(ranges)) == 1:
@@ -116,7 +125,8 @@ def replicated_layouts(layouts: Mapping[str, ParameterLayout]) -> dict[str, Para
     """Stage 0: whole states everywhere; still reduced in the backward pass."""
     trained = (layout for layout in layouts.values() if layout.trainable)
     return {
-        layout.full_name: replace(layout, state=replace(layout.compute, partial=_still_partial(layout.compute))) for layout in trained
+        layout.full_name: replace(layout, state=replace(layout.compute, partial=_still_partial(layout.compute)))
+        for layout in trained
     }
 
 

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_core.errors import Problem
 from colossal_core.strategy import Phase, StrategySpec
-
 from colossal_zero.config import ZeroConfig
 from colossal_zero.cost import estimate_zero
 from colossal_zero.plan import Bucket, assign_buckets, replicated_layouts, sharded_layouts
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from colossal_core.anatomy import ModelAnatomy
     from colossal_core.config import TrainConfig
     from colossal_core.estimate import EstimateTable, HardwareProfile
     from colossal_core.mesh import MeshLayout
     from colossal_core.plan import Plan, PlanDraft
     from colossal_core.strategy import ApplyContext
-    from torch import nn
 
 LAST_STAGE = 1
 MASTER_ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}
@@ -49,7 +49,9 @@ class ZeroStrategy:
             changed = replicated_layouts(draft.layouts)
         else:
             changed = sharded_layouts(draft.layouts, buckets, draft.mesh)
-        draft = draft.with_layouts(changed).with_data(self.name, {"buckets": [list(bucket.names) for bucket in buckets]})
+        draft = draft.with_layouts(changed).with_data(
+            self.name, {"buckets": [list(bucket.names) for bucket in buckets]}
+        )
         return draft.with_note(f"zero: stage {self.config.stage}, {len(buckets)} buckets")
 
     def estimate(self, table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
@@ -62,7 +64,9 @@ class ZeroStrategy:
         assert isinstance(names, list)
         buckets = [Bucket(tuple(bucket)) for bucket in names]
         sharded = self.config.stage >= 1
-        context.parameters = FlatState(plan.layouts, buckets, context.slots, context.precision, context.collectives, sharded=sharded)
+        context.parameters = FlatState(
+            plan.layouts, buckets, context.slots, context.precision, context.collectives, sharded=sharded
+        )
 
     def state(self) -> Mapping[str, Any]:
         return {}

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from colossal_core.checkpoint.find import FoundCheckpoint, find_latest
     from colossal_core.checkpoint.inspection import describe, read_full
     from colossal_core.checkpoint.loading import load
-    from colossal_core.checkpoint.manifest import Manifest, read_manifest
+    from colossal_core.checkpoint.manifest import Manifest
+    from colossal_core.checkpoint.manifest_file import read_manifest
     from colossal_core.checkpoint.random_state import capture_random_state, restore_random_state
     from colossal_core.checkpoint.saving import save
 
@@ -40,7 +41,7 @@ _MODULES = {
     "find_latest": "find",
     "load": "loading",
     "read_full": "inspection",
-    "read_manifest": "manifest",
+    "read_manifest": "manifest_file",
     "restore_random_state": "random_state",
     "save": "saving",
 }

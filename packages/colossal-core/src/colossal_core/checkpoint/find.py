@@ -13,10 +13,9 @@ from colossal_core.checkpoint.manifest import (
     MANIFEST_NAME,
     Chunk,
     Manifest,
-    NewerVersionError,
     TensorEntry,
-    read_manifest,
 )
+from colossal_core.checkpoint.manifest_file import NewerVersionError, read_manifest
 from colossal_core.checkpoint.read import ChunkReader, check_file
 from colossal_core.errors import CheckpointError
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from colossal_core.checkpoint.manifest import read_manifest
+from colossal_core.checkpoint.manifest_file import read_manifest
 from colossal_core.errors import CheckpointError
 
 _FINAL = re.compile(r"step-([0-9]{8,})(\.old)?")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from colossal_core.checkpoint.dtypes import torch_dtype
-from colossal_core.checkpoint.manifest import read_manifest, title
+from colossal_core.checkpoint.manifest import title
+from colossal_core.checkpoint.manifest_file import read_manifest
 from colossal_core.checkpoint.read import ChunkReader
 from colossal_core.errors import CheckpointError
 

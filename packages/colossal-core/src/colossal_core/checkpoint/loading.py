@@ -11,7 +11,8 @@ import torch
 
 from colossal_core.checkpoint.agreement import all_or_none
 from colossal_core.checkpoint.dtypes import dtype_name
-from colossal_core.checkpoint.manifest import Chunk, Manifest, TensorEntry, read_manifest, title
+from colossal_core.checkpoint.manifest import Chunk, Manifest, TensorEntry, title
+from colossal_core.checkpoint.manifest_file import read_manifest
 from colossal_core.checkpoint.read import ChunkIndex, ChunkReader
 from colossal_core.errors import CheckpointError
 from colossal_core.layout import Piece

@@ -1,39 +1,28 @@
 """The manifest: what a checkpoint holds and where. Written last, read first.
 
 `manifest.json` is one JSON object, `{"crc32":"89abcdef","content":{...}}`; the CRC-32 is over the bytes of the content as they stand, so
-that a flipped bit anywhere in the file is found. `validate` reads the content as untrusted input.
+that a flipped bit anywhere in the file is found. `manifest_file` reads it back, as untrusted input.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from colossal_core.checkpoint.dtypes import item_bytes
-from colossal_core.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "colossal-checkpoint"
 VERSION = 1
 """Raised when an older colossal-core could no longer read what this one writes."""
 
-MAX_MANIFEST_BYTES = 1 << 30
-"""Larger manifests are refused unread; 405 billion parameters with AdamW in chunks of 64 MiB need about 15 MB."""
-
-_HEAD = re.compile(rb'\{"crc32":"([0-9a-f]{8})","content":')
-_TAIL = b"}\n"
-
-
-class NewerVersionError(CheckpointError):
-    """A checkpoint in a format that this version cannot read. It is never passed over in favour of an older checkpoint."""
+TAIL = b"}\n"
+"""What follows the content."""
 
 
 @dataclass(frozen=True)
@@ -130,50 +119,4 @@ def box_text(starts: tuple[int, ...], sizes: tuple[int, ...]) -> str:
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`."""
     content = json.dumps({"format": FORMAT, **asdict(manifest)}, separators=(",", ":")).encode()
-    return b'{"crc32":"%08x","content":' % zlib.crc32(content) + content + _TAIL
-
-
-def decode_manifest(data: bytes) -> Manifest:
-    """The manifest of `manifest.json`'s bytes, checked against its checksum and then field by field. Errors: CheckpointError."""
-    from colossal_core.checkpoint.validate import validate_manifest
-
-    head = _HEAD.match(data)
-    if head is None or not data.endswith(_TAIL):
-        raise CheckpointError(f"{MANIFEST_NAME} is truncated or is not a manifest")
-    content = memoryview(data)[head.end() : len(data) - len(_TAIL)]
-    if zlib.crc32(content) != int(head[1], 16):
-        raise CheckpointError(
-            f"{MANIFEST_NAME} is damaged (checksum {zlib.crc32(content):08x}, expected {head[1].decode()})"
-        )
-    try:
-        found = json.loads(bytes(content))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST_NAME} is not JSON: {error}") from error
-    version = found.get("version") if isinstance(found, dict) else None
-    if type(version) is int and version > VERSION:
-        raise NewerVersionError(
-            f"{MANIFEST_NAME} is in format version {version}; this colossal-core reads versions up to {VERSION}: "
-            "upgrade colossal-core"
-        )
-    return validate_manifest(found)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint in the folder `path`. Data files are not looked at. Errors: CheckpointError."""
-    file = path / MANIFEST_NAME
-    try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"checkpoint {path.name}: {MANIFEST_NAME} is not a regular file")
-        if status.st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(
-                f"checkpoint {path.name}: {MANIFEST_NAME} has {status.st_size} bytes, limit {MAX_MANIFEST_BYTES}"
-            )
-        data = file.read_bytes()
-    except OSError as error:
-        reason = f"no {MANIFEST_NAME}" if isinstance(error, FileNotFoundError | NotADirectoryError) else str(error)
-        raise CheckpointError(f"checkpoint {path.name}: {reason}") from error
-    try:
-        return decode_manifest(data)
-    except CheckpointError as error:
-        raise type(error)(f"checkpoint {path.name}: {error}") from error
+    return b'{"crc32":"%08x","content":' % zlib.crc32(content) + content + TAIL

@@ -112,7 +112,7 @@ class RecomputeConfig(Section):
     """What the forward pass throws away and the backward pass computes again, block by block."""
 
     mode: Literal["none", "full", "selective"] = "none"
-    """`full`: only block inputs are kept. `selective`: the operations that cost most to redo for their bytes are kept, within the budget."""
+    """`full`: only block inputs are kept. `selective`: the operations that cost most to redo for their bytes are kept, in the budget."""
     memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
     """For `selective`: the share of a block's activation bytes that may be kept, from 0 (as `full`) to 1 (as `none`)."""
 

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
@@ -100,16 +100,22 @@ def build_config_class(specs: Iterable[ConfigSpec]) -> type[TrainConfig]:
         name = rest or head
         assert "." not in name, f"section {spec.section} is too deep"
         if name in where:
-            raise ConfigError([Problem(spec.section, "two installed plugins claim this section", "uninstall one of them")])
+            raise ConfigError(
+                [Problem(spec.section, "two installed plugins claim this section", "uninstall one of them")]
+            )
         where[name] = spec.config_class
-    parallel_class = create_model("ParallelConfig", __base__=Section, __doc__="How the model is spread.", **_fields(parallel))
+    parallel_class = create_model(
+        "ParallelConfig", __base__=Section, __doc__="How the model is spread.", **_fields(parallel)
+    )
     fields: dict[str, Any] = {"parallel": (parallel_class, Field(default_factory=parallel_class)), **_fields(top)}
-    made = create_model("TrainConfig", __base__=TrainConfig, __doc__=TrainConfig.__doc__, **fields)
-    return cast("type[TrainConfig]", made)
+    return create_model("TrainConfig", __base__=TrainConfig, __doc__=TrainConfig.__doc__, **fields)
 
 
 def _fields(classes: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    return {name: (section, Field(default_factory=section, description=section.__doc__)) for name, section in classes.items()}
+    return {
+        name: (section, Field(default_factory=section, description=section.__doc__))
+        for name, section in classes.items()
+    }
 
 
 def json_schema(config_class: type[TrainConfig]) -> dict[str, Any]:
@@ -128,7 +134,9 @@ def parse_config(data: Mapping[str, Any], config_class: type[TrainConfig]) -> Tr
     try:
         text = json.dumps(data)
     except (TypeError, ValueError) as error:
-        raise ConfigError([Problem("config", f"holds a value that is not text, number, list or mapping ({error})", "quote it")]) from None
+        raise ConfigError(
+            [Problem("config", f"holds a value that is not text, number, list or mapping ({error})", "quote it")]
+        ) from None
     try:
         config = config_class.model_validate_json(text)
     except ValidationError as error:
@@ -153,12 +161,14 @@ def _missing_packages(data: Mapping[str, Any], config_class: type[TrainConfig]) 
         return
     if not isinstance(parallel, Mapping):
         return
-    annotation = config_class.model_fields["parallel"].annotation if "parallel" in config_class.model_fields else None
-    installed = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+    section = _model_at(["parallel"], config_class)
+    installed = section.model_fields if section is not None else {}
     for name in parallel:
         package = PACKAGE_OF_SECTION.get(f"parallel.{name}")
         if package is not None and name not in installed:
-            yield Problem(f"parallel.{name}", f"needs the package {package}, which is not installed", f"pip install {package}")
+            yield Problem(
+                f"parallel.{name}", f"needs the package {package}, which is not installed", f"pip install {package}"
+            )
 
 
 def _problem(details: ErrorDetails, config_class: type[TrainConfig]) -> Problem:

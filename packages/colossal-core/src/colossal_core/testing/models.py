@@ -22,7 +22,7 @@ class TinyOptions:
     """Sizes and peculiarities of a `TinyLM`. hidden_size is meant not to divide by the number of ranks.
 
     tied: the head is the embedding. unused: a parameter that no forward pass reads. frozen: the position table is not trained. shared: all
-    blocks have one and the same second projection. routed: each microbatch runs one of two branches, chosen by the parity of its first token.
+    blocks have one and the same second projection. routed: each microbatch runs one of two branches, by the parity of its first token.
     """
 
     vocab_size: int = 53
@@ -61,8 +61,8 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: torch.Tensor, mask_BLL: torch.Tensor) -> torch.Tensor:
         x_BLD = x_BLD + self.dropout(self._attention(self.norm1(x_BLD), mask_BLL))
-        x_BLD = x_BLD + self.dropout(self.down(F.gelu(self.up(self.norm2(x_BLD)))))
-        return x_BLD
+        added: torch.Tensor = x_BLD + self.dropout(self.down(F.gelu(self.up(self.norm2(x_BLD)))))
+        return added
 
     def _attention(self, x_BLD: torch.Tensor, mask_BLL: torch.Tensor) -> torch.Tensor:
         batch, length, size = x_BLD.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -108,9 +109,8 @@ class _FaultyCollectives:
             for tensor in given:
                 fault.before(tensor, ranks, self._plan)
         handle = DoneHandle() if fault.skip else begin()
-        return _Finishing(
-            handle, [lambda t=t: fault.after(t, ranks, self._plan) for t in outputs] if fault.after else []
-        )
+        then = [] if fault.after is None else [partial(fault.after, tensor, ranks, self._plan) for tensor in outputs]
+        return _Finishing(handle, then)
 
     def start_all_reduce(
         self, tensor: torch.Tensor, axes: Axes, *, op: ReduceOp = "sum", use: str = "reduce", tag: str = ""
@@ -146,8 +146,8 @@ class _FaultyCollectives:
 class _Finishing:
     """A handle that does something more when the work is done."""
 
-    def __init__(self, inner: Handle, then: list[Callable[[], None]]) -> None:
-        self._inner, self._then = inner, then
+    def __init__(self, inner: Handle, then: Sequence[Callable[[], None]]) -> None:
+        self._inner, self._then = inner, list(then)
 
     def wait(self) -> None:
         self._inner.wait()

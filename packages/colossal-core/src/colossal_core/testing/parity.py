@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,9 +35,19 @@ if TYPE_CHECKING:
     from colossal_core.trained import Trained
 
 Batch = Mapping[str, torch.Tensor]
-ModelBuilder = Callable[[], "nn.Module"]
-BatchBuilder = Callable[[int, int], Batch]
 OptimizerBuilder = Callable[["nn.Module"], "torch.optim.Optimizer | OptimizerFactory"]
+
+
+class ModelBuilder(Protocol):
+    """Makes the model, the same one each time under the same seed."""
+
+    def __call__(self) -> nn.Module: ...
+
+
+class BatchBuilder(Protocol):
+    """Makes the global batch of a step."""
+
+    def __call__(self, step: int, num_sequences: int, /) -> Batch: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What one process of the worker pool does: wait for a job, join a group of ranks, run the function, answer. Imports nothing heavy itself."""
+"""What one process of the worker pool does: wait for a job, join a group of ranks, run the function, answer."""
 
 from __future__ import annotations
 

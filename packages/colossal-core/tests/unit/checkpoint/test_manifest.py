@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from colossal_core.checkpoint import find_latest, load, read_manifest, save
-from colossal_core.checkpoint.manifest import Chunk, NewerVersionError, TensorEntry
+from colossal_core.checkpoint.manifest import Chunk, TensorEntry
+from colossal_core.checkpoint.manifest_file import NewerVersionError
 from colossal_core.checkpoint.read import ChunkIndex
 from colossal_core.collectives import SingleProcess
 from colossal_core.errors import CheckpointError

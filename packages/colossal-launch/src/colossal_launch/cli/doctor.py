@@ -12,7 +12,8 @@ from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Debug
 
 PACKAGES = (
-    "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "tensorboard", "matplotlib", "pydantic", "pluggy",
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "tensorboard", "matplotlib",
+    "pydantic", "pluggy",
 )  # fmt: skip
 VARIABLES = (
     "RANK",

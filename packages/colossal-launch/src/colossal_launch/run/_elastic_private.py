@@ -31,8 +31,8 @@ class Supervisor(Protocol):
     def look(self, workers: Workers) -> None:
         """Called a few times a second, before torch looks. When it finds a failed worker it ends the others and returns."""
 
-    def end(self, workers: Workers) -> None:
-        """Called when the agent leaves, for whatever reason. Returns when no worker runs."""
+    def end(self, workers: Workers, number: int | None) -> None:
+        """Called when the agent leaves: because of the signal `number`, or None. Returns when no worker runs."""
 
 
 class SupervisedAgent(LocalElasticAgent):
@@ -56,8 +56,8 @@ class SupervisedAgent(LocalElasticAgent):
         self._supervisor.look(self._workers())
         return super()._monitor_workers(worker_group)
 
-    def _shutdown(self, *arguments: Any, **options: Any) -> None:
-        self._supervisor.end(self._workers())
+    def _shutdown(self, death_sig: Any = None, *arguments: Any, **options: Any) -> None:
+        self._supervisor.end(self._workers(), death_sig)
         super()._shutdown(*arguments, **options)
 
 

@@ -68,7 +68,9 @@ class WorkerSupervisor:
                 self._wait(workers, STOP_GRACE_SECONDS)
             self._end_all(workers)
 
-    def end(self, workers: Workers) -> None:
+    def end(self, workers: Workers, number: int | None) -> None:
+        # torch's own handlers stand for a moment before `started` replaces them.
+        self.signal = self.signal if self.signal is not None else number
         if self.signal is not None and _running(workers):
             _send(workers, self.signal if self.signal in STOP_SIGNALS else signal.SIGTERM)
             while _running(workers) and not self._kill:

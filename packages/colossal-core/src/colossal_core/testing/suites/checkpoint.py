@@ -45,7 +45,9 @@ class CheckpointSuite(SealedSuite, suite=True):
 
     def spec(self, overrides: Mapping[str, Any], ranks: Sequence[int]) -> RunSpec:
         config = {"batch": {"global_size": 2 * max(ranks), "micro_size": 1}, "precision": "fp64"}
-        made = RunSpec(config, self.model, self.batch, num_steps=2, optimizer=type(self).optimizer, task="causal-lm")
+        made = RunSpec(
+            config, type(self).model, type(self).batch, num_steps=2, optimizer=type(self).optimizer, task="causal-lm"
+        )
         return made.with_overrides(overrides)
 
     def test_everything_comes_back(self, pool: WorkerPool, ranks: tuple[int, int], tmp_path: Path) -> None:

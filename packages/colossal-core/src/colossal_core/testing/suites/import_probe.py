@@ -20,7 +20,7 @@ def snapshot() -> dict[str, object]:
         "number of threads of torch": torch.get_num_threads(),
         "random state": torch.random.get_rng_state().tolist(),
         "process group": torch.distributed.is_initialized(),
-        "CUDA": torch.cuda.is_initialized(),
+        "CUDA": torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "signal handlers": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
         "module search path": list(sys.path),

@@ -19,8 +19,8 @@ from colossal_core.testing.suites.sealed import SealedSuite
 class OpSuite(SealedSuite, suite=True):
     """Facts about an implementation, and the tests that follow from them.
 
-    implementation: as the plugin announces it. dtypes: those to try, by name; what the implementation says of itself must allow them. device: where to
-    run. In float64 values and gradients are the reference's to 1e-12; in a narrower dtype their distance to the float64 truth is at most
+    implementation: as the plugin announces it. dtypes: those to try, by name; the implementation must say that it fits them. device: where
+    to run. In float64 values and gradients are the reference's to 1e-12; in a narrower dtype their distance to the float64 truth is at most
     twice the reference's own in that dtype.
     """
 
@@ -106,12 +106,8 @@ def _results(function: Callable[..., Any], case: OpCase) -> list[torch.Tensor]:
     outputs = _tensors(returned if isinstance(returned, tuple) else [returned])
     ends = [output for output in outputs if output.requires_grad]
     weights = [_weight(output) for output in ends]
-    gradients = torch.autograd.grad(ends, inputs, weights, allow_unused=True)
-    pairs = zip(gradients, inputs, strict=True)
-    return [
-        *(output.detach() for output in outputs),
-        *(torch.zeros_like(tensor) if gradient is None else gradient for gradient, tensor in pairs),
-    ]
+    gradients = torch.autograd.grad(ends, inputs, weights, materialize_grads=True)
+    return [*(output.detach() for output in outputs), *gradients]
 
 
 def _weight(output: torch.Tensor) -> torch.Tensor:

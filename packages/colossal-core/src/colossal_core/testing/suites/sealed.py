@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+RULE = "a suite's tests cannot be changed or removed; state facts, or add tests"
+
 
 class SealedSuite:
     """The parent of every suite: refuses a subclass that redefines one of its tests, when the class is made and again when it runs."""
@@ -17,7 +19,7 @@ class SealedSuite:
         super().__init_subclass__()
         changed = [name for name in cls._sealed if name in vars(cls)]
         if changed:
-            message = f"{cls.__name__} redefines {', '.join(changed)}: a suite's tests cannot be changed or removed; state facts, or add tests"
+            message = f"{cls.__name__} redefines {', '.join(changed)}: {RULE}"
             raise TypeError(message)
         if suite:
             tests = {name: value for name, value in vars(cls).items() if name.startswith("test_") and callable(value)}

@@ -84,7 +84,9 @@ class StrategySuite(SealedSuite, suite=True):
     def spec(self, *, optimizer: str = "adamw", precision: str = "fp64") -> RunSpec:
         """The run of the tests: two microbatches or more on every rank, clipping, unequal numbers of tokens."""
         config = {"batch": {"global_size": 2 * max(4, *self.world_sizes), "micro_size": 1}, "precision": precision}
-        made = RunSpec({**config, "optimizer": dict(OPTIMIZERS[optimizer])}, self.model, self.batch, task="causal-lm")
+        made = RunSpec(
+            {**config, "optimizer": dict(OPTIMIZERS[optimizer])}, type(self).model, type(self).batch, task="causal-lm"
+        )
         return replace(made.with_overrides({**self.others, self.section: self.config}), mutant=self.mutant)
 
     def without(self, spec: RunSpec) -> RunSpec:
