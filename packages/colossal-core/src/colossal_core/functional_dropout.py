@@ -61,6 +61,7 @@ def keyed_methods(kind: type[nn.Module]) -> KeyedMethods:
                 if overriding:
                     _check_overridden(function, parent.__name__, overriding)
                 elif (copy := _copy(function, parent.__name__, numbers, is_method=function is value)) is not None:
+                    copy.__name__ = name  # by which a pickle finds the class's own
                     found.copies[name] = copy
             except CannotRewriteError as reason:
                 found.left.append(f"{label} {reason}")
@@ -131,9 +132,10 @@ def _keyed_code(function: FunctionType, class_name: str, numbers: Iterator[int])
             ast.copy_location(node, definition.body[0])
     definition.body[first:first] = starts
     try:
-        return _compiled(ast.fix_missing_locations(tree), code).replace(co_qualname=code.co_qualname)
+        new = _compiled(ast.fix_missing_locations(tree), code)
     except SyntaxError as error:  # in a comprehension's iterable there can be no counter
         raise CannotRewriteError("calls dropout where it cannot be counted") from error
+    return new.replace(co_qualname=code.co_qualname, co_firstlineno=code.co_firstlineno)
 
 
 def _parsed(function: FunctionType, class_name: str) -> tuple[ast.FunctionDef, ast.Module]:
@@ -286,7 +288,7 @@ def _loaded(function: FunctionType) -> Iterator[tuple[Any, bool]]:
     """What the function's code and that of functions nested in it load by dotted names, and whether a plain global is loaded for a call."""
     resolve = _Resolver(function)
     for code in _codes(function):
-        if "dropout" not in " ".join(code.co_names):
+        if not any(_may_draw(name, function.__globals__.get(name)) for name in code.co_names):
             continue
         node: ast.expr | None = None
         for instruction in dis.get_instructions(code):
@@ -298,6 +300,13 @@ def _loaded(function: FunctionType) -> Iterator[tuple[Any, bool]]:
                 yield resolve(node), False
             else:
                 node = None
+
+
+def _may_draw(name: str, found: object) -> bool:
+    """Whether a name in a code is worth looking at: to disassemble every method of a large class takes long."""
+    if isinstance(found, FunctionType):
+        return any("dropout" in inner for inner in found.__code__.co_names)
+    return "dropout" in name
 
 
 def _codes(function: FunctionType) -> Iterator[CodeType]:

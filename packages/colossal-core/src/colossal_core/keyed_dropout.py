@@ -132,7 +132,7 @@ def install_keyed_dropout(model: nn.Module) -> KeyedDropoutState:
         kind = type(module)
         if kind.forward is nn.Dropout.forward and "forward" not in vars(module):
             module.keyed_layer = state.add(name, number)
-            module.forward = MethodType(_keyed_forward, module)
+            module.forward = MethodType(forward, module)
             continue
         if _draws_inside(module):
             state.unkeyed.append(name)
@@ -157,7 +157,8 @@ def _draws_inside(module: nn.Module) -> bool:
     return isinstance(module, _OTHER_KINDS)
 
 
-def _keyed_forward(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+def forward(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    """A dropout module's new forward. A pickle finds a method by its name, so it has the name of the old one."""
     return cast(_KeyedLayer, self.keyed_layer).dropout(0, x, self.p, self.training, self.inplace)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ModelRandom:
-    """`nn.Dropout` draws numbers keyed by (seed, step, global sample, position, layer, feature). What draws inside a fused kernel is
+    """Dropout, as a module or as a function that a module calls, draws numbers keyed by (seed, step, global sample, position, layer, feature). What draws inside a fused kernel is
     keyed by (seed, step, microbatch, data index) instead: reproducible, but not the same on another mesh.
     """
 

@@ -27,9 +27,14 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         ) from None
     try:
         data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        reason = f"is not YAML ({place}{error.problem or error.context})"
+        raise ConfigError([Problem("CONFIG", reason, "correct the line", str(path))]) from None
     except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ConfigError([Problem("CONFIG", f"is not YAML ({where})", "correct the line", str(path))]) from None
+        reason = f"is not YAML ({' '.join(str(error).split())})"
+        raise ConfigError([Problem("CONFIG", reason, "correct it", str(path))]) from None
     if not isinstance(data, dict):
         found = type(data).__name__
         raise ConfigError(

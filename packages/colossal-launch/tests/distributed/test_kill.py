@@ -43,7 +43,7 @@ def test_killed_at_random_moments_the_run_goes_on_with_the_same_losses(
     processes: Callable[[], list[int]],
     left_behind: Callable[[], list[int]],
 ) -> None:
-    """Dropout is on. The whole tree is killed once, the launcher alone once, one rank once; a bit of the newest checkpoint is flipped at the end."""
+    """Dropout is on. The whole tree is killed once, the launcher alone once, one rank once, and then a bit is flipped."""
     generator = random.Random()
     seed = generator.randrange(2**32)
     generator.seed(seed)

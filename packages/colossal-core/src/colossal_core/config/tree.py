@@ -184,9 +184,10 @@ def _problem(details: ErrorDetails, config_class: type[TrainConfig]) -> Problem:
     if details["type"] == "missing":
         return Problem(field, "is required", "add it")
     reason = details["msg"][:1].lower() + details["msg"][1:]
-    reason = reason.removeprefix("value error, ")
+    reason = reason.removeprefix("value error, ").removeprefix("input ")
     described = _description_at(path, config_class)
-    return Problem(field, reason, described or "see `colossal train --help` and the config reference", value)
+    meaning = f" ({path[-1]}: {described[:1].lower()}{described[1:].removesuffix('.')})" if described else ""
+    return Problem(field, reason, f"correct it{meaning}", value)
 
 
 def _model_at(path: Sequence[str], config_class: type[BaseModel]) -> type[BaseModel] | None:
