@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 class ModelRandom:
-    """Dropout, as a module or as a function that a module calls, draws numbers keyed by (seed, step, global sample, position, layer, feature). What draws inside a fused kernel is
-    keyed by (seed, step, microbatch, data index) instead: reproducible, but not the same on another mesh.
+    """Dropout, as a module or as a function that a module's method calls, draws numbers keyed by (seed, step, global sample, position,
+    layer, feature). What draws inside a fused kernel is keyed by (seed, step, microbatch, data index) instead: reproducible, but not the
+    same on another mesh.
     """
 
     def __init__(self, model: nn.Module, seed: int, data_index: int) -> None:

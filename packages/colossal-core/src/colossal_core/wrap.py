@@ -12,7 +12,7 @@ from colossal_core.local_state import LocalState
 from colossal_core.loss import LossFunction, LossOwner
 from colossal_core.mesh import WORLD
 from colossal_core.modules import ParameterSlots, cast_buffers, move_buffers
-from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
+from colossal_core.optimizers import GroupSettings, OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
 from colossal_core.precision import LossScale, precision
 from colossal_core.runner import PlainRunner
@@ -90,6 +90,8 @@ def wrap(
     runner = PlainRunner(model, plan, context, loss_owner, random, loss_scale)
     engine = StepEngine(model, plan, context, optimizer, loss_owner, runner, loss_scale, set_rates)
     trained = Trained(engine, strategies, parts.exporter)
+    if parts.optimizer is not None:
+        trained.attach("optimizer_groups", GroupSettings(optimizer))
     if parts.scheduler is not None:
         scheduler = parts.scheduler
         trained.attach("lr_scheduler", scheduler)

@@ -13,6 +13,7 @@ from colossal_launch import session
 from colossal_launch.assembly import Assembly, assemble, read_setup
 from colossal_launch.data.loader import BatchShare, DistributedLoader, MapDataset
 from colossal_launch.exporting import HuggingFaceExporter
+from colossal_launch.models.buffers import restore_meta_buffers
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ class Booster:
         if self._trained is not None:
             raise ConfigError([Problem("booster", "has boosted a model already", "make a Booster for each model")])
         device = self._device()
+        restore_meta_buffers(model)
         assembly = self._assemble(model, device, optimizer is not None)
         values = _meta_values(model, assembly, weights, self.config.train.seed)
         parts = Parts(optimizer, lr_scheduler, loss_fn, values, HuggingFaceExporter(model, self._tokenizer_file))

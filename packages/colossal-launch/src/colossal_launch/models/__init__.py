@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from colossal_launch.models.building import BuiltModel, build_model
     from colossal_launch.models.export import write_hf_folder
     from colossal_launch.models.initialise import InitialWeights
+    from colossal_launch.models.meta import parameters_on_meta
     from colossal_launch.models.pretrained import PretrainedWeights
     from colossal_launch.models.shrink import shrink_config
     from colossal_launch.models.weights import WeightSource
@@ -19,6 +20,7 @@ __all__ = [
     "PretrainedWeights",
     "WeightSource",
     "build_model",
+    "parameters_on_meta",
     "shrink_config",
     "write_hf_folder",
 ]
@@ -29,6 +31,7 @@ _HOMES = {
     "PretrainedWeights": "pretrained",
     "WeightSource": "weights",
     "build_model": "building",
+    "parameters_on_meta": "meta",
     "shrink_config": "shrink",
     "write_hf_folder": "export",
 }
