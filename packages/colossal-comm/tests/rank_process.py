@@ -21,6 +21,8 @@ def run(call: dict[str, Any]) -> None:
     warnings.simplefilter("error")
     # Dynamo itself instantiates a Function for every one that it traces (torch 2.13, _dynamo/side_effects.py).
     warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
+    # Inductor of torch 2.11 still uses what Python 3.12 makes it warn about.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script_method.*is deprecated", category=DeprecationWarning)
     torch.set_num_threads(1)
     reply: Connection = call["reply"]
     try:

@@ -12,7 +12,8 @@ from colossal_core.local_state import LocalState
 from colossal_core.loss import LossFunction, LossOwner
 from colossal_core.mesh import WORLD
 from colossal_core.modules import ParameterSlots, cast_buffers, move_buffers
-from colossal_core.optimizers import GroupSettings, OptimizerFactory, OptimizerSpec, build_optimizer
+from colossal_core.optimizer_groups import GroupSettings
+from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
 from colossal_core.precision import LossScale, precision
 from colossal_core.runner import PlainRunner

@@ -11,12 +11,17 @@ import typer
 from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Debug, Processes
 
-application = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+application = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @application.callback()
 def bench() -> None:
-    """Measures this machine."""
+    """Measures this machine.
+
+    Examples:
+
+        colossal bench comm --processes 2
+    """
 
 
 @application.command("comm")

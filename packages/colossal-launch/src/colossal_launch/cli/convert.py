@@ -37,32 +37,36 @@ def convert(
     from colossal_core.collectives import SingleProcess
     from colossal_core.precision import precision
     from colossal_launch.assembly import read_setup
-    from colossal_launch.data.preparation import open_text
+    from colossal_launch.data.preparation import kept_text
     from colossal_launch.models.export import write_hf_folder
-    from colossal_launch.run.job import CHECKPOINT_FOLDER, TEXT_FOLDER, build, sections_of
+    from colossal_launch.run.job import CHECKPOINT_FOLDER, TEXT_FOLDER, build, config_path
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "master" and dtype not in dtypes:
         raise ConfigError([Problem("--dtype", "is not a dtype to write", f"use master, {', '.join(dtypes)}", dtype)])
-    if not (run / "config.json").is_file():
-        raise ConfigError(
-            [Problem("RUN", "holds no config.json", "give the folder that checkpoint.directory named", str(run))]
-        )
-    setup = read_setup(run / "config.json", [f"checkpoint.directory={run}"])
+    text = kept_text(run / TEXT_FOLDER)
+    if not config_path(run).is_file() or text is None:
+        reason = "holds no config.json with its text beside it"
+        raise ConfigError([Problem("RUN", reason, "give the folder that checkpoint.directory named", str(run))])
+    setup = read_setup(config_path(run))
     found = find_latest(run / CHECKPOINT_FOLDER, SingleProcess(torch.device("cpu")))
     if found is None:
         raise ConfigError([Problem("RUN", "holds no checkpoint", "train first", str(run))])
-    _, data = sections_of(setup.config)
-    text = open_text(data, run / TEXT_FOLDER)
     built = build(setup, text, device="cpu")
     if built.config is None:
         raise ConfigError(
-            [Problem("model", "has no transformers config", "convert is for transformers models", str(run))]
+            [Problem("model", "has no transformers config", "convert transformers models only", str(run))]
         )
-    chosen = dtypes.get(dtype, precision(setup.config.precision).master)
-    kinds = [(kind, name) for kind, name in found.manifest.names() if kind in ("parameter", "buffer")]
-    values = ((name, read_full(found.path, kind, name)) for kind, name in kinds)
-    architecture = type(built.module).__name__
-    write_hf_folder(built.config, values, target, chosen, architecture=architecture, tokenizer_file=text.tokenizer_file)
+    kept = [(entry.kind, entry.full_name) for entry in found.manifest.tensors if entry.kind in ("parameter", "buffer")]
+    write_hf_folder(
+        built.config,
+        ((name, read_full(found.path, kind, name)) for kind, name in kept),
+        target,
+        dtypes.get(dtype, precision(setup.config.precision).master),
+        architecture=type(built.module).__name__,
+        tokenizer_file=text.tokenizer_file,
+    )
+    for skipped in found.skipped:
+        say(skipped)
     say(f"step {found.step} of {run} written to {target}")
     return 0

@@ -96,6 +96,14 @@ def open_text(config: DataConfig, folder: Path) -> PreparedText:
     return known
 
 
+def kept_text(folder: Path) -> PreparedText | None:
+    """What lies in a run's folder, whatever has become of the source since; None where there is nothing whole."""
+    path = folder / _MANIFEST
+    if not path.is_file():
+        return None
+    return _read_manifest(folder, json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+
+
 def _fingerprint(config: DataConfig, source: Source, held_out: Source | None) -> str:
     parts: list[object] = [_FORMAT, source.fingerprint(), held_out and held_out.fingerprint(), config.tokenizer]
     if config.tokenizer == "bpe":

@@ -54,7 +54,8 @@ class SupervisedAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._supervisor.look(self._workers())
-        return super()._monitor_workers(worker_group)
+        found: RunResult = super()._monitor_workers(worker_group)
+        return found
 
     def _shutdown(self, death_sig: Any = None, *arguments: Any, **options: Any) -> None:
         self._supervisor.end(self._workers(), death_sig)

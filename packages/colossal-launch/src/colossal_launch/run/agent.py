@@ -7,14 +7,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from colossal_core.errors import ConfigError, Problem
-from colossal_launch.run.failure import FailedRank, parse_record, worker_error
+from colossal_launch.run.failure import FailedRank, FailureRecord, parse_record, worker_error
 from colossal_launch.run.parent import LAUNCHER_VARIABLE
 from colossal_launch.run.stopping import STOPPED, exit_status
 
@@ -37,7 +37,7 @@ def run_workers(entry: Entry, num_processes: int, *, port: int, timeout: timedel
     SIGINT, SIGTERM and SIGHUP are handed on to the workers, who save and leave; a second one kills them. A worker that fails ends the run.
     port: of the loopback store; 0: a free one. Raises ConfigError when the port is taken, WorkerError when a rank fails.
     """
-    from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -57,36 +57,39 @@ def run_workers(entry: Entry, num_processes: int, *, port: int, timeout: timedel
         monitor_interval=0.1,
         local_addr="127.0.0.1",
     )
-    result: RunResult | None = None
     try:
         with silenced(), _worker_environment(num_processes), WorkerSupervisor() as supervisor:
             agent = SupervisedAgent(spec, DefaultLogsSpecs(log_dir=logs), supervisor)
-            try:
-                result = agent.run()
-            except SignalException:
-                result = None
+            with suppress(SignalException):
+                agent.run()
         records = _records(Path(logs))
     finally:
         server.close()
         shutil.rmtree(logs, ignore_errors=True)
-    pids = {worker.local_rank: int(worker.id) for worker in agent.get_worker_group().workers if worker.id is not None}
+    pids = {worker.local_rank: worker.id for worker in agent.get_worker_group().workers if worker.id is not None}
+    return _outcome(supervisor.signal, supervisor.codes, pids, records)
+
+
+def _outcome(
+    number: int | None, codes: Mapping[int, int], pids: Mapping[int, int], records: Mapping[int, FailureRecord]
+) -> int:
+    """The exit status of a run. number: the signal that stopped it. codes: exit statuses of the ranks that had ended when the others were
+    ended. Raises WorkerError when ranks failed.
+    """
+    statuses = dict.fromkeys(records, 1) | dict(codes)
     failed = [
         FailedRank(rank, pids.get(rank, 0), status, records.get(rank))
-        for rank, status in supervisor.codes.items()
+        for rank, status in statuses.items()
         if status != 0 and status not in STOPPED
     ]
-    told = {found.rank for found in failed}
-    failed += [FailedRank(rank, pids[rank], 1, found) for rank, found in records.items() if rank not in told]
-    if supervisor.signal is not None:
-        # Those who were still starting when the signal came die of it; that is no failure.
-        failed = [found for found in failed if found.status != -supervisor.signal and found.record is not None]
-        if not failed or any(-supervisor.signal == status for status in supervisor.codes.values()):
-            return exit_status(supervisor.signal)
+    if number is not None:
+        # A rank that was still starting dies of the signal, and the others miss it: that is no failure. A save that failed is one.
+        if -number in codes.values() or all(rank.record is None for rank in failed):
+            return exit_status(number)
+        failed = [rank for rank in failed if rank.record is not None]
     if failed:
         raise worker_error(failed)
-    stopped = STOPPED.intersection(supervisor.codes.values())
-    assert stopped or (result is not None and not result.is_failed()), f"workers ended with {supervisor.codes}"
-    return min(stopped, default=0)
+    return min(STOPPED.intersection(codes.values()), default=0)
 
 
 def _serve_store(port: int, timeout: timedelta) -> Any:
@@ -101,7 +104,7 @@ def _serve_store(port: int, timeout: timedelta) -> Any:
         raise ConfigError([Problem("--port", reason, "choose another one, or leave it out", port)]) from None
 
 
-def _records(logs: Path) -> Mapping[int, Any]:
+def _records(logs: Path) -> Mapping[int, FailureRecord]:
     """Failure records by rank: torch names the files `<run>/attempt_0/<local rank>/error.json`."""
     import json
 

@@ -74,9 +74,9 @@ def recorded(action: Callable[[], int], *, aloud: bool) -> int:
 
 
 def print_failure(record: FailureRecord) -> None:
-    """One rank's message on standard error."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
-    text = record.message if record.known else f"{record.traceback.rstrip()}\n{record.message}"
+    """One rank's message on standard error, or its traceback where the message alone would not help."""
+    rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "?")))
+    text = record.message if record.known else record.traceback.rstrip()
     sys.stderr.write(f"error on rank {rank}: {text}\n")
 
 
