@@ -104,9 +104,8 @@ def main() -> None:
         mfu = f"{result['mfu']:.2%}" if result["mfu"] is not None else "-"
         bits = f"{result['val_bits_per_byte']:.4f}" if result["val_bits_per_byte"] is not None else "-"
         losses = f"{result['loss_first']:.4f} -> {result['loss_last']:.4f}"
-        print(
-            f"| {count} | {spread} | {rate / count:,.0f} | {rate / count / base:.2f} | {mfu} | {result['memory_gib']:.2f} | {losses} | {bits} |"
-        )
+        speed = f"{spread} | {rate / count:,.0f} | {rate / count / base:.2f} | {mfu}"
+        print(f"| {count} | {speed} | {result['memory_gib']:.2f} | {losses} | {bits} |")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class MeshLayout:
 
     sizes: one size for each of `BASE_AXES`, all at least 1.
     derived: folds and factors that strategies added (`with_axis`). `dp` and `shard` are always there.
-    sharing: sets of stages that hold one and the same parameter; a group over one, or over it and other axes after it, is asked for by name.
+    sharing: sets of stages that hold one and the same parameter; a group over one, alone or before other axes, is asked for by name.
     """
 
     sizes: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from colossal_core.batch import InputCut, take_part
 from colossal_core.errors import ColossalError
 from colossal_core.mesh import MeshLayout

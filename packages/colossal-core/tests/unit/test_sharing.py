@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from colossal_core.layout import Placement
 from colossal_core.mesh import MeshLayout, SharingSet
 

@@ -72,12 +72,19 @@ def finish(grace: timedelta = timedelta(seconds=5)) -> None:
 def collectives_for(mesh: MeshLayout, device: torch.device) -> RankCollectives:
     """The joined group seen through a plan's mesh; one process alone where nothing was joined.
 
-    Raises: ConfigError when the mesh has another number of ranks than the group.
+    Raises: ConfigError when the mesh has another number of ranks than the group, or the environment describes ranks and nobody joined.
     """
+    from colossal_comm.environment import read_environment
     from colossal_comm.startup import join
     from colossal_core.mesh import MeshLayout as Mesh
 
     if _joined.collectives is None:
+        environment = read_environment()
+        if environment.world_size > 1:
+            reason = f"the environment describes {environment.world_size} ranks ({environment.launcher}), and none has joined"
+            raise ConfigError(
+                [Problem("launch", reason, "call colossal_launch.launch() before Booster, in every process")]
+            )
         _joined.collectives = join(Mesh(), 0, device, "", DEFAULT_TIMEOUT)
         atexit.register(finish)
     joined = _joined.collectives

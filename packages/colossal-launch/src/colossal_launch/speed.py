@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 PEAK_FLOPS: Mapping[str, Mapping[str, float]] = {
-    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12, "fp64": 67e12},
-    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12, "fp64": 67e12},
-    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12},
-    "B200": {"bf16": 2250e12, "fp16": 2250e12, "fp32": 80e12, "fp64": 40e12},
+    "H200": {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12, "fp64": 67e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12, "fp64": 67e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "fp64": 19.5e12},
+    "B200": {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1125e12, "fp32": 80e12, "fp64": 40e12},
 }
-"""Dense peak by a part of the device's name and precision, from the vendor's data sheets (SXM parts); fp32 without TF32."""
+"""Dense peak by a part of the device's name and precision, from the vendor's data sheets (SXM parts)."""
 
 
 @dataclass(frozen=True)
@@ -73,5 +73,12 @@ def _num_experts(config: Any) -> int | None:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The dense peak of a device, or None where it is not in the table (a CPU): then no MFU is reported."""
+    """The dense peak of a device, or None where it is not in the table (a CPU): then no MFU is reported.
+
+    fp32 is measured against TF32's peak where torch lets matrix products use it (some images turn it on by an environment variable).
+    """
+    import torch
+
+    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        precision = "tf32"
     return next((rates.get(precision) for part, rates in PEAK_FLOPS.items() if part in device_name), None)

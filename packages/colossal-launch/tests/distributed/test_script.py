@@ -161,3 +161,13 @@ def test_a_model_on_the_meta_device_is_trained_and_exported(project: Path, colos
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, values[name]), name
     assert values["model.embed_tokens.weight"].std() > 0
+
+
+def test_every_collective_is_timed_between_local_ranks(project: Path, colossal: Start) -> None:
+    running = colossal(
+        "bench", "comm", "--processes", "2", "--device", "cpu", "--max-bytes", "4096", "--json", "comm.json"
+    )
+    output, errors = running.communicate(timeout=90)
+    assert (running.returncode, errors) == (0, ""), output
+    assert "all_reduce" in output
+    assert json.loads((project / "comm.json").read_text())

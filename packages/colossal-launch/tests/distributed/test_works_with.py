@@ -25,6 +25,9 @@ ADAMW = {"name": "adamw", "lr": 1.0e-3, "weight_decay": 0.1, "max_grad_norm": No
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_grad_norm": None}
 
 
+PLAIN = TinyOptions(tied=False, dropout=0.0)
+
+
 @dataclass(frozen=True)
 class Row:
     """A way of spreading: config overrides and a number of ranks."""
@@ -38,7 +41,7 @@ class Column:
     """What it is combined with: config overrides on top, and peculiarities of the model."""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    options: TinyOptions = TinyOptions(tied=False, dropout=0.0)
+    options: TinyOptions = PLAIN
     micro_size: int = 2
 
 

@@ -98,5 +98,5 @@ def test_the_exit_status_after_a_signal() -> None:
     assert _outcome(15, {}, {}, {}) == 143
     assert _outcome(None, {0: 143, 1: 143}, {}, {}) == 143
     assert _outcome(None, {}, {}, {}) == 0
-    with pytest.raises(WorkerError, match="^no space left$"):
+    with pytest.raises(WorkerError, match=r"^no space left$"):
         _outcome(2, {0: 1, 1: 1}, {}, {0: record("no space left", 1.0, known=True)})

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Config, Debug, Overrides
 
 
@@ -40,9 +41,9 @@ def verify(
 
     found = verification_of(read_setup(config, overrides or []))
     for note in found.notes:
-        print(f"note: {note}", flush=True)
+        say(f"note: {note}")
     spec = with_mutant(found.spec, mutant)
     with WorkerPool() as pool:
         report = run_verification(spec, world_size, default_variants(world_size), pool)
-    print(report.describe())
+    say(report.describe())
     return 0 if report.passed else 1
