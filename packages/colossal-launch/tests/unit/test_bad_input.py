@@ -114,6 +114,15 @@ CASES = (
         needs="transformers",
     ),
     Case(
+        "masked model on plain text",
+        (
+            "error: model.architecture='bert': BertForMaskedLM is no causal language model, and plain text gives it nothing to "
+            "predict: train it from a script of your own: `booster.boost(model)` with batches that hold its labels\n"
+        ),
+        setting("model={architecture: bert, config: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}}"),
+        needs="transformers",
+    ),
+    Case(
         "no factory",
         (
             "error: model.factory='tiny_model:bild': tiny_model has no function bild: give "

@@ -83,7 +83,9 @@ def test_plan_prints_mesh_batch_and_bytes(project: Path, capsys: pytest.CaptureF
     assert facts["model"] == "Tiny: 18,817 parameters, 18,817 trained, 0 tied, 2 blocks"
     assert facts["mesh"] == "one process (1 ranks)"
     assert facts["batch"] == "8 sequences a step: 8 a rank in 4 microbatches of 2"
-    assert facts["memory"].startswith("parameter 73.5 KiB")
+    assert facts["memory"] == (
+        "parameter 73.5 KiB, master 0 B, gradient 73.5 KiB, optimizer 147.0 KiB a rank, without activations"
+    )
     assert "  embed.weight [257, 32] compute () state ()" in lines
 
 

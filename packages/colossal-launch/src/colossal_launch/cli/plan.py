@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Config, Debug, Overrides
 
 if TYPE_CHECKING:
+    from colossal_core.estimate import EstimateTable, HardwareProfile
     from colossal_launch.assembly import Assembly, Setup
 
 
@@ -80,13 +82,13 @@ def estimate(assembly: Assembly) -> Any:
 
     from colossal_core.estimate import EstimateTable, HardwareProfile, ModelSize
     from colossal_core.precision import precision
+    from colossal_core.strategy import Phase
 
     plan, anatomy = assembly.plan, assembly.anatomy
     chosen = precision(plan.config.precision)
     trained = sum(layout.numel for layout in plan.layouts.values() if layout.trainable)
     blocks = [
-        sum(f.shape[0] * max(1, _rest(f.shape)) for f in anatomy.parameters if f.block == block)
-        for block in anatomy.blocks
+        sum(math.prod(fact.shape) for fact in anatomy.parameters if fact.block == block) for block in anatomy.blocks
     ]
     size = ModelSize(
         num_parameters=sum(layout.numel for layout in plan.layouts.values()),
@@ -106,15 +108,23 @@ def estimate(assembly: Assembly) -> Any:
     inputs |= {"zero_stage": np.array([float(stage)]), "micro_size": np.array([float(plan.batch.micro_size)])}
     inputs |= {"num_microbatches": np.array([float(plan.batch.num_microbatches)]), "recompute": np.zeros(1)}
     table = EstimateTable(size, inputs)
+    if all(strategy.phase is not Phase.SHARD_STATE for strategy in assembly.strategies):
+        table = _whole_state(table, profile)
     for strategy in assembly.strategies:
         table = strategy.estimate(table, profile)
     return table
 
 
-def _rest(shape: tuple[int, ...]) -> int:
-    import math
+def _whole_state(table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
+    """Bytes of a state that no strategy keeps: all of it is on every rank. AdamW's two moments."""
+    import numpy as np
 
-    return math.prod(shape[1:])
+    compute, master = profile.compute_element_bytes, profile.master_element_bytes
+    trained = np.full(1, float(table.model.num_trainable))
+    table = table.adding("parameter_bytes", compute * trained)
+    table = table.adding("gradient_bytes", master * trained)
+    table = table.adding("master_bytes", (master if master != compute else 0) * trained)
+    return table.adding("optimizer_bytes", 2 * master * trained)
 
 
 def _bytes(count: float) -> str:

@@ -60,6 +60,7 @@ def prepare_job(setup: Setup, *, world_size: int, device_type: str) -> Job:
         built = build(setup, text, device="cpu")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
+    problems += _task_problems(setup.config, built)
     assembly = assemble(setup, built.module, world_size=world_size, device_type=device_type, known_problems=problems)
     assert text is not None, "its absence is a problem, and problems are raised"
     write_config(setup, folder)
@@ -82,6 +83,21 @@ def build(setup: Setup, text: PreparedText | None, device: str) -> BuiltModel:
     else:
         vocab_size, eos_id = data.vocab_size, None
     return build_model(model, vocab_size=vocab_size, seed=setup.config.train.seed, eos_id=eos_id, device=device)
+
+
+def _task_problems(config: TrainConfig, built: BuiltModel) -> Iterable[Problem]:
+    """Text gives a causal model its targets; it gives a masked, a sequence-to-sequence or an image model none."""
+    from colossal_core.task import find_task
+
+    model, _ = sections_of(config)
+    task = find_task(built.module)
+    if built.config is None or model.loss is not None or task == "causal-lm":
+        return
+    field = "model.architecture" if model.architecture is not None else "model.pretrained"
+    name = type(built.module).__name__
+    reason = f"{name} is no causal language model, and plain text gives it nothing to predict"
+    remedy = "train it from a script of your own: `booster.boost(model)` with batches that hold its labels"
+    yield Problem(field, reason, remedy, model.architecture or model.pretrained)
 
 
 def config_path(folder: Path) -> Path:
