@@ -240,8 +240,18 @@ def wheels(session: nox.Session) -> None:
     with_extras = {name: wanted[len(name) :] for name, wanted in zip(PACKAGES, everything(), strict=True)}
     environment.install(*(f"{wheel_of[name]}{extras}" for name, extras in with_extras.items()))
     shutil.copy(ROOT / "examples" / "pretrain_stdlib.yaml", elsewhere / "run.yaml")
-    for words in (["plugins"], ["doctor"], ["plan", "run.yaml"], ["train", "run.yaml", "--set", "train.num_steps=2"]):
-        environment.run("colossal", *words, cwd=elsewhere)
+    (elsewhere / "script.py").write_text("from colossal_launch import launch\n\nprint(launch())\n")
+    for line in (
+        "plugins",
+        "doctor",
+        "plan run.yaml --world-size 8",
+        "train run.yaml --processes 2 --set train.num_steps=2 --set train.eval_num_batches=1",
+        "convert runs/pretrain_stdlib exported",
+        "run script.py --processes 2",
+        "verify run.yaml --world-size 2",
+        "bench comm --processes 2 --max-bytes 65536",
+    ):
+        environment.run("colossal", *line.split(), cwd=elsewhere)
     shutil.rmtree(elsewhere)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from colossal_core.assemble import gather_full
 from colossal_core.errors import CheckpointError, ColossalError
+from colossal_core.foreign_optimizer import ForeignOptimizer
 from colossal_core.layout import Placement
 from colossal_core.mesh import WORLD
 
@@ -43,6 +44,7 @@ class Trained:
         self._strategies = tuple(strategies)
         self._callbacks: list[Callable[[StepResult], None]] = []
         self._stateful: dict[str, Stateful] = {}
+        self._loaded_stateful: dict[str, dict[str, Any]] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -73,8 +75,12 @@ class Trained:
         return found
 
     def train_step(self, batch: Mapping[str, torch.Tensor]) -> StepResult:
-        """One optimizer step on this rank's share of a global batch: see `colossal_core.step`."""
-        self._engine.model.train()
+        """One optimizer step on this rank's share of a global batch: see `colossal_core.step`.
+
+        A model in evaluation mode is put into training mode first; parts of one in training mode stay as the user has set them.
+        """
+        if not self._engine.model.training:
+            self._engine.model.train()
         result = self._engine.train_step(batch)
         for callback in self._callbacks:
             callback(result)
@@ -89,8 +95,13 @@ class Trained:
         self._callbacks.append(callback)
 
     def attach(self, name: str, stateful: Stateful) -> None:
-        """Saves and restores an object's `state_dict` (JSON values, the same on every rank) with the checkpoints."""
+        """Saves and restores an object's `state_dict` (JSON values, the same on every rank) with the checkpoints.
+
+        After a `load` it takes the state that the checkpoint held under this name, if any.
+        """
         self._stateful[name] = stateful
+        if name in self._loaded_stateful:
+            stateful.load_state_dict(self._loaded_stateful.pop(name))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The full gradient of the last step by full name: summed over all ranks, unscaled, unclipped. Trainable parameters only."""
@@ -148,6 +159,9 @@ class Trained:
         context = self._engine.context
         found = find_latest(Path(directory), context.collectives)
         if found is not None:
+            self._engine.state.wait_published()  # a gather on its way would overwrite what is read
+            if isinstance(self._engine.optimizer, ForeignOptimizer):
+                self._engine.optimizer.prepare_load(found.manifest.by_name)
             self._restore(load(found.path, self._tensors(), context.collectives), found)
         return found
 
@@ -174,7 +188,7 @@ class Trained:
 
         Returns the relative difference. Nothing is trained. For the whole comparison (gradients, states) use `colossal verify`.
         """
-        from colossal_core.testing.self_check import loss_difference
+        from colossal_core.self_check import loss_difference
 
         return loss_difference(self._engine, batch)
 
@@ -228,6 +242,9 @@ class Trained:
                 message = f"checkpoint: holds no state of {name}: it was saved by a run without it"
                 raise CheckpointError(message)
             stateful.load_state_dict(metadata["stateful"][name])
+        self._loaded_stateful = {
+            name: dict(state) for name, state in metadata["stateful"].items() if name not in self._stateful
+        }
         random = found.manifest.rank_metadata_for(context.collectives.mesh.sizes, context.collectives.rank)
         if random is not None:
             restore_random_state(random, context.device)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_core.testing.difference import floor_for_gradients, floor_for_parameters, relative_difference
+from colossal_core.difference import floor_for_gradients, floor_for_parameters, relative_difference
 
 
 def test_is_its_formula() -> None:

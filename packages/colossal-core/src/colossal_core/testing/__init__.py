@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from colossal_core.testing.comparison import Row, compare, table
-    from colossal_core.testing.difference import EXACT, relative_difference
+    from colossal_core.difference import EXACT, relative_difference
     from colossal_core.testing.parity import RunRecord, RunSpec, record_run
     from colossal_core.testing.pool import RankError, WorkerPool
     from colossal_core.testing.suites import CheckpointSuite, OpSuite, StrategySuite
@@ -34,30 +34,30 @@ __all__ = [
 ]
 
 _MODULES = {
-    "EXACT": "difference",
-    "CheckpointSuite": "suites",
-    "OpSuite": "suites",
-    "RankError": "pool",
-    "Row": "comparison",
-    "RunRecord": "parity",
-    "RunSpec": "parity",
-    "StrategySuite": "suites",
-    "Variant": "verification",
-    "VerifyReport": "verification",
-    "WorkerPool": "pool",
-    "compare": "comparison",
-    "default_variants": "verification",
-    "record_run": "parity",
-    "relative_difference": "difference",
-    "table": "comparison",
-    "verify": "verification",
+    "EXACT": "colossal_core.difference",
+    "CheckpointSuite": "colossal_core.testing.suites",
+    "OpSuite": "colossal_core.testing.suites",
+    "RankError": "colossal_core.testing.pool",
+    "Row": "colossal_core.testing.comparison",
+    "RunRecord": "colossal_core.testing.parity",
+    "RunSpec": "colossal_core.testing.parity",
+    "StrategySuite": "colossal_core.testing.suites",
+    "Variant": "colossal_core.testing.verification",
+    "VerifyReport": "colossal_core.testing.verification",
+    "WorkerPool": "colossal_core.testing.pool",
+    "compare": "colossal_core.testing.comparison",
+    "default_variants": "colossal_core.testing.verification",
+    "record_run": "colossal_core.testing.parity",
+    "relative_difference": "colossal_core.difference",
+    "table": "colossal_core.testing.comparison",
+    "verify": "colossal_core.testing.verification",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from colossal_core.testing.difference import EXACT, floor_for_gradients, floor_for_parameters, relative_difference
+from colossal_core.difference import EXACT, floor_for_gradients, floor_for_parameters, relative_difference
 from colossal_core.testing.parity import RunRecord
 
 

@@ -11,7 +11,7 @@ import torch
 from colossal_core import batch as batches
 from colossal_core.mesh import WORLD
 from colossal_core.plan import DATA_AXES
-from colossal_core.testing.difference import relative_difference
+from colossal_core.difference import relative_difference
 
 if TYPE_CHECKING:
     from colossal_core.step import StepEngine
