@@ -200,8 +200,18 @@ def tests(session: nox.Session) -> None:
         return
     for gate in GATES:
         session.notify(gate, posargs=[])
-    paths = [str(path) for name in PACKAGES for path in test_folders(name)]
+    paths = [str(path) for name in PACKAGES for path in composition_tests(name)]
     environment.run("python", "-m", "pytest", "-m", "not gpu", "--strict-skips", "--durations=10", *paths, "docs")
+
+
+def composition_tests(name: str) -> list[Path]:
+    """A project's tests that need more than it declares: all where it has a group `composition`, else the files that ask for a module
+    (`pytest.importorskip`). The others run in `isolated` alone: that is the environment that says more.
+    """
+    if group(PROJECTS[name], "composition"):
+        return test_folders(name)
+    files = (file for folder in test_folders(name) for file in sorted(folder.rglob("test_*.py")))
+    return [file for file in files if "importorskip(" in file.read_text(encoding="utf-8")]
 
 
 def test_folders(name: str) -> list[Path]:

@@ -16,6 +16,8 @@ from colossal_launch.models.architecture import make_config, training_class
 from colossal_launch.models.building import build_from_config
 from colossal_launch.models.weights import REST
 
+pytest.importorskip("transformers")
+
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 
 

@@ -138,7 +138,8 @@ def test_what_boost_refuses() -> None:
     stepped = torch.optim.Adam(used.parameters())
     plain_step(used, stepped, None)
     assert message(CONFIG, model=used, optimizer=stepped) == (
-        "optimizer: the instance handed to boost has already made steps: hand over a fresh one"
+        "optimizer: the instance handed to boost already has state: hand over a fresh one; "
+        "one that makes its state when it is built (Adagrad) as a factory `params -> optimizer`"
     )
     with torch.device("meta"):
         lost = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))

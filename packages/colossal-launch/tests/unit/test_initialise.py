@@ -41,6 +41,7 @@ def _blocks(module: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_values_have_transformers_distribution_and_do_not_depend_on_the_cut(architecture: str) -> None:
+    pytest.importorskip("transformers")
     built = _build(architecture)
     assert built.weights is not None
     assert all(parameter.is_meta for parameter in built.module.parameters())
@@ -69,6 +70,7 @@ def test_values_have_transformers_distribution_and_do_not_depend_on_the_cut(arch
 
 
 def test_filled_model_runs_as_one_built_on_the_cpu() -> None:
+    pytest.importorskip("transformers")
     built = _build("llama")
     assert built.weights is not None
     values = dict(built.weights.values(REST, ()))
@@ -83,6 +85,7 @@ def test_filled_model_runs_as_one_built_on_the_cpu() -> None:
 
 
 def test_seeds_differ_and_torch_random_numbers_are_left_alone() -> None:
+    pytest.importorskip("transformers")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -19,6 +19,9 @@ from colossal_launch.models.shrink import shrink_config
 from colossal_launch.models.weights import REST, all_values
 
 
+pytest.importorskip("transformers")
+
+
 def _small(architecture: str, **keys: Any) -> Any:
     return shrink_config(make_config(architecture, keys, vocab_size=None, eos_id=None))
 

@@ -39,6 +39,7 @@ def test_one_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> 
 
 
 def test_rows_of_jsonl_and_parquet_are_the_same_documents(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
     import pyarrow
     import pyarrow.parquet
 
@@ -53,6 +54,7 @@ def test_rows_of_jsonl_and_parquet_are_the_same_documents(tmp_path: Path) -> Non
 
 
 def test_a_saved_dataset_and_its_own_held_out_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
 
@@ -81,6 +83,7 @@ def _message(name: str, text_field: str = "text") -> str:
 
 
 def test_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
     missing = tmp_path / "missing.txt"
     assert _message(str(missing)) == (
         f"data.source={str(missing)!r}: no such file: "

@@ -29,6 +29,8 @@ def _text_file(folder: Path, num_lines: int = 3000) -> Path:
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_token_lengths_add_up_to_the_bytes_of_the_text(kind: str) -> None:
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
     tokenizer: Tokenizer = ByteTokenizer() if kind == "bytes" else train_bpe(TEXTS * 5, 300)
     for text in [*TEXTS, "", "\x00\n\t"]:
         ids, lengths = tokenizer.encode_with_lengths(text)
@@ -41,12 +43,14 @@ def test_token_lengths_add_up_to_the_bytes_of_the_text(kind: str) -> None:
 
 
 def test_training_a_vocabulary_twice_gives_the_same_file(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     for name in ("a", "b"):
         train_bpe(TEXTS * 20, 320).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_own_tokenizer_folder_and_its_end_token(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     trained = train_bpe(TEXTS, 300, eos="<the end>")
     trained.save(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError) as caught:
@@ -114,6 +118,8 @@ def test_large_vocabularies_take_four_bytes_a_token() -> None:
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
 def test_prepared_text_is_reused_until_something_changes(tmp_path: Path, tokenizer: str) -> None:
+    if tokenizer == "bpe":
+        pytest.importorskip("tokenizers")
     path = _text_file(tmp_path)
     config = DataConfig(source=str(path), sequence_length=32, tokenizer=tokenizer, vocab_size=300)
     first = prepare_text(config, tmp_path / "data")
@@ -146,6 +152,7 @@ def test_too_little_text_is_said_before_training(tmp_path: Path) -> None:
 
 
 def test_tokenizer_files_of_two_folders_differ_by_content(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
     path = _text_file(tmp_path)
     trained = train_bpe([path.read_text()], 280)
     assert isinstance(trained, FastTokenizer)

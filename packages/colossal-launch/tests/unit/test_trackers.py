@@ -38,6 +38,8 @@ def test_lines_are_on_disk_at_once_and_resuming_drops_what_is_taken_again(tmp_pa
 
 
 def test_a_run_has_lines_events_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
     trackers, notes = open_trackers(tmp_path)
     assert notes == []
     for step in range(1, 4):
@@ -116,6 +118,7 @@ def test_the_first_step_does_not_count_for_the_time_left() -> None:
 
 
 def test_work_counts_what_a_token_passes_through() -> None:
+    pytest.importorskip("transformers")
     keys = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     dense = build_model(ModelConfig(architecture="llama", config=keys), vocab_size=300, seed=0)
     work = work_per_token(dense.module, dense.config, 128)
