@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,19 +15,26 @@ if TYPE_CHECKING:
     from colossal_core.plan import BatchPlan
 
 
-def to_device(batch: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The batch on the device, floating tensors in the compute dtype. Copies from pinned memory do not wait."""
+def to_device(
+    batch: Mapping[str, torch.Tensor], device: torch.device, dtype_of: Callable[[str], torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """The batch on the device, each floating tensor in the dtype of its key. Copies from pinned memory do not wait."""
     moved = {}
     for key, value in batch.items():
-        target = dtype if value.is_floating_point() else value.dtype
+        target = dtype_of(key) if value.is_floating_point() else value.dtype
         moved[key] = value.to(device=device, dtype=target, non_blocking=True)
     return moved
 
 
-def check_share(batch: Mapping[str, torch.Tensor], plan: BatchPlan) -> None:
-    """Raises ColossalError unless every tensor's first dimension is this rank's share of the step."""
+def check_not_empty(batch: Mapping[str, torch.Tensor]) -> None:
+    """Raises ColossalError for a batch without a tensor."""
     if not batch:
         raise ColossalError("batch: is empty: a batch is a mapping of tensors, the forward's keyword arguments")
+
+
+def check_share(batch: Mapping[str, torch.Tensor], plan: BatchPlan) -> None:
+    """Raises ColossalError unless every tensor's first dimension is this rank's share of the step."""
+    check_not_empty(batch)
     for key, value in batch.items():
         size = value.shape[0] if value.dim() else 0
         if size != plan.share:

@@ -49,12 +49,24 @@ class LossOwner:
     def exact_count(self) -> bool:
         return self._user_loss is None
 
+    def is_input(self, key: str) -> bool:
+        """Whether a batch key is an input of the model's forward pass, and not only something to compare its outputs with."""
+        return key != "labels" and (self._forward_keys is None or key in self._forward_keys)
+
     def with_targets(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The batch with each position's label the one that it predicts. For a causal model they move left by one, before anything cuts the
         sequence; the logits are never sliced or copied. A user's loss and a model's own get the labels as they are.
+
+        Raises: ColossalError where the loss is core's and there are no labels.
         """
         found = dict(batch)
-        if self._user_loss is None and self._task == "causal-lm" and "labels" in found:
+        if self._user_loss is None and self._task != "own-loss" and "labels" not in found:
+            message = (
+                f"batch.labels: is missing, and the loss of a {self._task} model is made from it: "
+                "add it (-100 where nothing is to be predicted), or pass loss_fn"
+            )
+            raise ColossalError(message)
+        if self._user_loss is None and self._task == "causal-lm":
             labels = found["labels"]
             found["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1)
         return found
@@ -75,7 +87,7 @@ class LossOwner:
         if self._user_loss is not None:
             outputs = model(**self._inputs(model, batch, with_labels=False))
             total, items = self._user_loss(outputs, batch)
-            return MicrobatchLoss(total, torch.as_tensor(items, dtype=torch.float64, device=total.device))
+            return MicrobatchLoss(total, _number(items, total.device))
         if self._task == "own-loss":
             outputs = model(**self._inputs(model, batch, with_labels=True))
             mean = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
@@ -100,3 +112,10 @@ class LossOwner:
             shift: Callable[..., torch.Tensor] = model.get_submodule("").prepare_decoder_input_ids_from_labels  # type: ignore[assignment]
             inputs["decoder_input_ids"] = shift(labels=batch["labels"])
         return inputs
+
+
+def _number(value: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    """0-d float64 on the device. A plain number is written by a kernel: copying it there would wait for the device."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device, torch.float64)
+    return torch.full((), float(value), dtype=torch.float64, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -41,21 +42,37 @@ class ParameterSlots:
         return made
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in (a frozen part may be kept in evaluation)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts every floating buffer, persistent or not, in place of the old one (fp64: nothing may stay behind in float32)."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                module.register_buffer(
-                    name, buffer.to(dtype), persistent=name not in module._non_persistent_buffers_set
-                )
+    _replace_buffers(model, lambda buffer: buffer.to(dtype) if buffer.is_floating_point() else buffer)
 
 
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Moves every buffer to the device; the ones still on the meta device are left for materialisation."""
+def settle_buffers(model: nn.Module, device: torch.device, agreed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Every buffer on the device, contiguous as a checkpoint wants it, with the value that `agreed` gives for its own. The ones
+    on the meta device are left alone.
+    """
+    _replace_buffers(model, lambda buffer: buffer if buffer.is_meta else agreed(buffer).to(device).contiguous())
+
+
+def _replace_buffers(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Puts `change(buffer)` in the place of every buffer. What several modules hold is changed once and stays one tensor."""
+    changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, so that no id is used again
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta and buffer.device != device:
-                module.register_buffer(
-                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
-                )
+            if id(buffer) not in changed:
+                changed[id(buffer)] = (buffer, change(buffer))
+            new = changed[id(buffer)][1]
+            if new is not buffer:
+                module.register_buffer(name, new, persistent=name not in module._non_persistent_buffers_set)

@@ -1,11 +1,12 @@
 """Optimizers: core's own two, how a plugin announces others, and how a user's own is bound to the masters that this rank owns.
 
 An elementwise optimizer updates every element by itself, so that it runs unchanged on any shard. Core's take the clip factor and the
-overflow flag into their one pass; a user's gets clipped copies of the gradients, and synchronises where a step must be skipped.
+overflow flag into their one pass; a user's is behind the same interface (`foreign_optimizer.py`).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 
 from colossal_core.errors import ConfigError, Problem
+from colossal_core.foreign_optimizer import ForeignOptimizer
 from colossal_core.ops.adamw import AdamWSettings
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class ClippingOptimizer(Protocol):
         """clip: 0-d factor of every gradient. skip: 0-d bool; nothing changes where it is true."""
 
     def state_tensors(self) -> Iterable[tuple[str, torch.nn.Parameter | None, torch.Tensor]]:
-        """(kind, parameter or None for what belongs to all, tensor), made if they are not there yet."""
+        """(kind, parameter or None for what belongs to all, tensor): what a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _kept_where(
 ADAMW = OptimizerSpec("adamw", AdamW, state_elements=2, keys=("lr", "betas", "eps", "weight_decay", "no_decay"))
 SGD_SPEC = OptimizerSpec("sgd", SGD, state_elements=1, keys=("lr", "momentum", "weight_decay", "no_decay"))
 
-ALWAYS_KEYS = ("name", "max_grad_norm", "elementwise")
+ALWAYS_KEYS = ("name", "max_grad_norm")
 ELEMENTWISE_TORCH = (
     "Adadelta",
     "Adagrad",
@@ -179,65 +181,6 @@ ELEMENTWISE_TORCH = (
 """torch.optim classes whose update is elementwise, read in torch 2.13. Adafactor and Muon read rows, columns or matrices."""
 
 
-class ForeignOptimizer:
-    """A user's torch optimizer behind the interface of core's own.
-
-    Gradients are handed over as clipped copies, so that `trained.gradients()` still reads the raw ones; a step that must be skipped is
-    skipped on the host, which waits for the device.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    @property
-    def param_groups(self) -> Groups:
-        return self.optimizer.param_groups
-
-    def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
-        if skip is not None and bool(skip):
-            return
-        masters = [
-            parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
-        ]
-        raw = [cast("torch.Tensor", parameter.grad) for parameter in masters]
-        if clip is not None and raw:
-            for parameter, gradient in zip(masters, torch._foreach_mul(raw, clip), strict=True):
-                parameter.grad = gradient
-        self.optimizer.step()
-        for parameter, gradient in zip(masters, raw, strict=True):
-            parameter.grad = gradient
-
-    def state_tensors(self) -> Iterable[tuple[str, torch.nn.Parameter | None, torch.Tensor]]:
-        """Made by one step with zero gradients and a learning rate of zero where the optimizer has not stepped yet, then reset."""
-        if not self.optimizer.state:
-            self._make_state()
-        name = type(self.optimizer).__name__.lower()
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
-            for key, value in self.optimizer.state[parameter].items():
-                if isinstance(value, torch.Tensor):
-                    yield f"{name}.{key}", parameter, value
-
-    def _make_state(self) -> None:
-        masters = [parameter for group in self.param_groups for parameter in group["params"]]
-        kept = [(parameter.detach().clone(), parameter.grad) for parameter in masters]
-        rates = [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["lr"] = 0.0
-        for parameter in masters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        with torch.no_grad():
-            for parameter, (value, gradient) in zip(masters, kept, strict=True):
-                parameter.copy_(value)
-                parameter.grad = gradient
-            for state in self.optimizer.state.values():
-                for key, value in state.items():
-                    if isinstance(value, torch.Tensor):
-                        state[key] = torch.zeros_like(value)
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
 def build_optimizer(
     given: torch.optim.Optimizer | OptimizerFactory | None,
     config: TrainConfig,
@@ -252,7 +195,7 @@ def build_optimizer(
     masters, or None (the config's). names: full name by id() of the user's parameter objects.
 
     Raises: ConfigError for an instance with state, a parameter that is not the model's, config keys beside an optimizer of the user's, an
-    optimizer that is not elementwise on sharded masters, and an unknown name.
+    optimizer that is not elementwise on sharded masters or whose step needs a closure, and an unknown name.
     """
     shards = [shard for shard in state.shards.values() if shard.layout.trainable]
     if given is None:
@@ -268,8 +211,8 @@ def build_optimizer(
         made = given
     else:
         made = given([shard.master for shard in shards])
-    _refuse_unsharded(made, config, shards)
-    return ForeignOptimizer(made)
+    _refuse_unfit(made, config, shards)
+    return ForeignOptimizer(made, {id(shard.master): shard.layout.full_name for shard in shards})
 
 
 def _from_config(
@@ -302,7 +245,13 @@ def _repoint(optimizer: torch.optim.Optimizer, state: ParameterState, names: Map
     """Replaces the user's parameters in every group by the masters of this rank; frozen ones are left out."""
     if optimizer.state:
         raise ConfigError(
-            [Problem("optimizer", "the instance handed to boost has already made steps", "hand over a fresh one")]
+            [
+                Problem(
+                    "optimizer",
+                    "the instance handed to boost already has state",
+                    "hand over a fresh one; one that makes its state when it is built (Adagrad) as a factory `params -> optimizer`",
+                )
+            ]
         )
     for group in optimizer.param_groups:
         masters = []
@@ -316,8 +265,12 @@ def _repoint(optimizer: torch.optim.Optimizer, state: ParameterState, names: Map
         group["params"] = masters
 
 
-def _refuse_unsharded(optimizer: torch.optim.Optimizer, config: TrainConfig, shards: list[Shard]) -> None:
+def _refuse_unfit(optimizer: torch.optim.Optimizer, config: TrainConfig, shards: list[Shard]) -> None:
     kind = type(optimizer)
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        reason = f"{kind.__name__}.step needs a closure that runs the model, and core runs it"
+        raise ConfigError([Problem("optimizer", reason, "use an optimizer whose step needs none")])
     known = kind.__module__.startswith("torch.optim") and kind.__name__ in ELEMENTWISE_TORCH
     sharded = any(shard.layout.state.cut_axes for shard in shards)
     if sharded and not known and not config.optimizer.elementwise:

@@ -278,6 +278,10 @@ def _core_problems(
         yield Problem("parallel.zero", reason, "pip install colossal-zero")
     if not any(fact.trainable for fact in anatomy.parameters):
         yield Problem("model", "has no parameter with requires_grad", "unfreeze what is to be trained")
+    for fact in anatomy.parameters:
+        if fact.dtype.startswith("complex"):
+            reason = f"holds the parameter {fact.full_name} of dtype {fact.dtype}, and training is in real numbers"
+            yield Problem("model", reason, "hold it as real parameters (torch.view_as_real)")
     if anatomy.auxiliary_loss:
         reason = "the model returns an auxiliary loss beside the logits, whose unit is not declared"
         yield Problem(

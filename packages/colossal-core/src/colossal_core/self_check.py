@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from colossal_core import batch as batches
-from colossal_core.mesh import WORLD
-from colossal_core.plan import DATA_AXES
 from colossal_core.difference import relative_difference
+from colossal_core.mesh import WORLD
+from colossal_core.modules import evaluation_mode
+from colossal_core.plan import DATA_AXES
 
 if TYPE_CHECKING:
     from colossal_core.step import StepEngine
@@ -26,12 +26,8 @@ def loss_difference(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> fl
     Communication: one gather of the batch over the data axes, and the loss's all-reduces.
     """
     split = engine.eval_step(batch).loss
-    training = engine.model.training
-    engine.model.eval()
-    try:
+    with evaluation_mode(engine.model):
         parts = engine.runner.evaluate(engine._on_device(_gathered(engine, batch)))
-    finally:
-        engine.model.train(training)
     device, collectives = engine.context.device, engine.context.collectives
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for part in parts:
@@ -51,7 +47,8 @@ def _gathered(engine: StepEngine, batch: Mapping[str, torch.Tensor]) -> dict[str
     collectives = engine.context.collectives
     size = collectives.size(DATA_AXES)
     whole = {}
-    for key, value in batches.to_device(batch, engine.context.device, engine.context.precision.compute).items():
+    for key, given in batch.items():
+        value = given.to(engine.context.device)
         shapes = collectives.gather_bytes(json.dumps(list(value.shape)).encode(), DATA_AXES, tag="verify")
         assert len(set(shapes)) == 1, (
             f"batch.{key}: the ranks hand over different shapes: {[shape.decode() for shape in shapes]}"

@@ -11,6 +11,7 @@ import torch
 from colossal_core import batch as batches
 from colossal_core.gradients import clip_factor, local_square_norm, scale_gradients, sum_on_shards, sum_over_world
 from colossal_core.loss import LossOwner, MicrobatchLoss
+from colossal_core.modules import evaluation_mode
 from colossal_core.plan import LOSS_AXES, Plan
 from colossal_core.strategy import ApplyContext, StepView
 
@@ -107,11 +108,16 @@ class StepEngine:
 
     def _on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch on this rank's device, with the labels that each position predicts, and this rank's part of what the plan cuts."""
-        moved = batches.to_device(batch, self.context.device, self.context.precision.compute)
+        moved = batches.to_device(batch, self.context.device, self._dtype_of)
         mesh = self.context.collectives.mesh
         return batches.take_part(
             self.loss_owner.with_targets(moved), self.plan.input_cuts, self.context.coordinate, mesh
         )
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        """Of a floating tensor in the batch: what is only compared with the outputs is not rounded to the compute dtype."""
+        precision = self.context.precision
+        return precision.compute if self.loss_owner.is_input(key) else precision.master
 
     def _total_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Items of the global batch, at least 1: what every microbatch's loss is divided by before backward."""
@@ -159,11 +165,8 @@ class StepEngine:
 
     def eval_step(self, batch: Mapping[str, torch.Tensor]) -> EvalResult:
         """Forward pass only, on this rank's share of an evaluation batch (any number of sequences), in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        batches.check_not_empty(batch)
+        with evaluation_mode(self.model):
             parts = self.runner.evaluate(self._on_device(batch))
-        finally:
-            self.model.train(training)
         loss_sum, items = sum_over_world(self._local_sums(parts), self.context.collectives, torch.float64)
         return EvalResult(loss_sum / items.clamp(min=1.0), loss_sum, items.to(torch.int64))

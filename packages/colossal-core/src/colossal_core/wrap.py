@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from colossal_core.errors import raise_problems
+from colossal_core.foreign_optimizer import ForeignOptimizer
 from colossal_core.local_state import LocalState
 from colossal_core.loss import LossFunction, LossOwner
 from colossal_core.mesh import WORLD
-from colossal_core.modules import ParameterSlots, cast_buffers, move_buffers
-from colossal_core.optimizer_groups import GroupSettings
+from colossal_core.modules import ParameterSlots, cast_buffers, settle_buffers
 from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
 from colossal_core.precision import LossScale, precision
 from colossal_core.runner import PlainRunner
-from colossal_core.schedule import rates_from_config
+from colossal_core.schedule import SavedScheduler, own_schedule_problems, rates_from_config
 from colossal_core.step import StepEngine
 from colossal_core.strategy import ApplyContext, Phase, Strategy
 from colossal_core.streams import ModelRandom
@@ -59,10 +60,12 @@ def wrap(
     specs: Mapping[str, OptimizerSpec],
     parts: Parts,
 ) -> Trained:
-    """The model in training on this rank. Ranks compare their plans before anything else.
+    """The model in training on this rank. Ranks compare their plans before anything else, and start from the first rank's values.
 
-    Communication: one gather of 16 bytes over all ranks, then whatever the strategies need.
+    Communication: one gather of 16 bytes over all ranks, one broadcast of every parameter and buffer that is not on the meta device, then
+    whatever the strategies need. Raises: ConfigError for an optimizer or a scheduler that does not fit.
     """
+    raise_problems(own_schedule_problems(plan.config, parts.optimizer, parts.scheduler))
     check_fingerprints(collectives.gather_bytes(plan.fingerprint.encode(), WORLD, tag="plan"), plan.fingerprint)
     context = _context(model, plan, anatomy, collectives, ops)
     random = ModelRandom(model, plan.config.train.seed, collectives.mesh.flat_index(context.coordinate, DATA_AXES))
@@ -84,18 +87,18 @@ def wrap(
         if strategy.phase is Phase.OPTIMIZER:
             strategy.apply(model, plan, context)
     loss_owner = LossOwner(anatomy, ops, parts.loss_fn)
-    set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)
-    if parts.optimizer is not None:
-        set_rates = _keep_rates
+    set_rates: Callable[[int], None] = _keep_rates
+    if parts.optimizer is None:
+        set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)
     loss_scale = LossScale(context.device) if context.precision.scaled else None
     runner = PlainRunner(model, plan, context, loss_owner, random, loss_scale)
     engine = StepEngine(model, plan, context, optimizer, loss_owner, runner, loss_scale, set_rates)
     trained = Trained(engine, strategies, parts.exporter)
-    if parts.optimizer is not None:
-        trained.attach("optimizer_groups", GroupSettings(optimizer))
+    if isinstance(optimizer, ForeignOptimizer):
+        trained.attach("optimizer_groups", optimizer)
     if parts.scheduler is not None:
         scheduler = parts.scheduler
-        trained.attach("lr_scheduler", scheduler)
+        trained.attach("lr_scheduler", SavedScheduler(scheduler))
         trained.on_step(lambda result: scheduler.step())
     return trained
 
@@ -122,21 +125,33 @@ def _context(
 
 
 def _materialise(model: nn.Module, context: ApplyContext, real: dict[str, torch.Tensor], values: Values | None) -> None:
-    """Fills every parameter: from the model's own values where they are real, else from `values`, one tensor at a time."""
+    """Fills every parameter: from the model's own values where they are real, else from `values`, one tensor at a time.
+
+    Ranks may have drawn different numbers for a real model (nobody seeds for one GPU): the first rank's are everybody's.
+    """
     state = context.parameter_state()
     missing = {name for name, value in real.items() if value.is_meta}
     for name in list(real):
         value = real.pop(name)
         if name not in missing:
-            state.fill(name, value)
+            state.fill(name, _of_first_rank(value, context))
     for name, value in values if values is not None else ():
         if name in missing:
             state.fill(name, value)
             missing.discard(name)
     assert not missing, f"no values for parameters on the meta device: {sorted(missing)[:3]}"
-    move_buffers(model, context.device)
+    settle_buffers(model, context.device, lambda buffer: _of_first_rank(buffer, context))
     if context.precision.throughout:
         cast_buffers(model, torch.float64)
+
+
+def _of_first_rank(value: torch.Tensor, context: ApplyContext) -> torch.Tensor:
+    """The value that rank 0 has, on the device. Communication: a broadcast of its bytes over all ranks, which any dtype can take."""
+    if context.collectives.mesh.world_size == 1:
+        return value.to(context.device)
+    copied = value.to(context.device, copy=True).contiguous()
+    context.collectives.start_broadcast(copied.reshape(-1).view(torch.uint8), WORLD, tag="initial values").wait()
+    return copied
 
 
 def _gather_before_use(model: nn.Module, plan: Plan, context: ApplyContext) -> None:

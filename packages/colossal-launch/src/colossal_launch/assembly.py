@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ def read_setup(source: str | Path | Mapping[str, Any] | TrainConfig, overrides: 
 
     plugins = discover()
     if isinstance(source, TrainConfig):
+        if "parallel" not in type(source).model_fields:  # core's own class, without the sections of plugins
+            source = parse_config(source.model_dump(mode="json", exclude_unset=True), plugins.config_class())
         return Setup(source, plugins)
     data = source if isinstance(source, Mapping) else read_config_file(source)
     return Setup(parse_config(apply_overrides(data, overrides), plugins.config_class()), plugins)
@@ -60,11 +62,13 @@ def assemble(
     own_optimizer: bool = False,
     example_batch: Mapping[str, torch.Tensor] | None = None,
     known_problems: Sequence[Problem] = (),
+    own_loss: bool = False,
 ) -> Assembly:
     """The plan of a model (its parameters may be on the meta device). No process group, no GPU.
 
     example_batch: of the model's forward; None: what `model.example_batch` names, or none (transformers' models need none).
-    own_optimizer: the user hands one to `boost`, so that the `optimizer` section is not its recipe.
+    own_optimizer: the user hands one to `boost`, so that the `optimizer` section is not its recipe. own_loss: the user's `loss_fn` reads
+    the model's outputs, an auxiliary loss among them.
 
     Raises: ConfigError with every problem of every strategy.
     """
@@ -78,6 +82,8 @@ def assemble(
     if not own_optimizer:
         problems += optimizer_problems(config, setup.plugins.optimizers())
     anatomy = examine(model, example_batch if example_batch is not None else _configured_batch(config))
+    if own_loss:
+        anatomy = replace(anatomy, auxiliary_loss=False)
     dtype = str(precision(config.precision).compute).removeprefix("torch.")
     ops = build_op_table(setup.plugins.ops(), device_type, dtype)
     strategies = setup.plugins.active(config)

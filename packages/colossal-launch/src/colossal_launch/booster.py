@@ -68,7 +68,7 @@ class Booster:
             raise ConfigError([Problem("booster", "has boosted a model already", "make a Booster for each model")])
         device = self._device()
         restore_meta_buffers(model)
-        assembly = self._assemble(model, device, optimizer is not None)
+        assembly = self._assemble(model, device, own_optimizer=optimizer is not None, own_loss=loss_fn is not None)
         values = _meta_values(model, assembly, weights, self.config.train.seed)
         parts = Parts(optimizer, lr_scheduler, loss_fn, values, HuggingFaceExporter(model, self._tokenizer_file))
         collectives = session.collectives_for(assembly.plan.mesh, device)
@@ -92,9 +92,14 @@ class Booster:
             )
         return joined
 
-    def _assemble(self, model: nn.Module, device: torch.device, own_optimizer: bool) -> Assembly:
+    def _assemble(self, model: nn.Module, device: torch.device, *, own_optimizer: bool, own_loss: bool) -> Assembly:
         return assemble(
-            self._setup, model, world_size=session.world_size(), device_type=device.type, own_optimizer=own_optimizer
+            self._setup,
+            model,
+            world_size=session.world_size(),
+            device_type=device.type,
+            own_optimizer=own_optimizer,
+            own_loss=own_loss,
         )
 
     def dataloader(

@@ -18,7 +18,6 @@ from colossal_launch.models.building import build_from_config
 from colossal_launch.models.shrink import shrink_config
 from colossal_launch.models.weights import REST, all_values
 
-
 pytest.importorskip("transformers")
 
 

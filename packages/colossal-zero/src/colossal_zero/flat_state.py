@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from colossal_core.errors import ColossalError
 from colossal_core.layout import ParameterLayout, take_local
 from colossal_core.shards import Shard
 from colossal_zero.plan import SHARD_AXES, Bucket, bucket_shape
@@ -165,7 +166,7 @@ class FlatState:
             if not layout.trainable and layout.compute.is_present(coordinate):
                 by_name[name] = _frozen(layout, slots, precision, collectives)
         self._shards = {name: by_name[name] for name in layouts if name in by_name}
-        self._waiting = [0] * len(self._buckets)
+        self._waiting: list[set[int]] = [set() for _ in self._buckets]
         self._next_reduce = 0
         self._is_last = False
         for name, (flat, position) in self._place.items():
@@ -192,7 +193,7 @@ class FlatState:
         self._is_last = last
         self._next_reduce = 0
         for bucket in self._buckets:
-            self._waiting[bucket.index] = len(bucket.shards)
+            self._waiting[bucket.index] = set(range(len(bucket.shards)))
 
     def _on_gradient(self, bucket: FlatBucket, position: int) -> Callable[[torch.Tensor], None]:
         view = bucket.gradient_view(position)
@@ -200,17 +201,19 @@ class FlatState:
         def arrived(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
-            if gradient.data_ptr() != view.data_ptr() or gradient.dtype != view.dtype:
+            if self._is_last and bucket.index < self._next_reduce:
+                raise ColossalError(_twice(bucket.shards[position].layout.full_name))
+            if gradient.is_sparse or gradient.dtype != view.dtype or gradient.data_ptr() != view.data_ptr():
                 view.add_(gradient)
                 parameter.grad = view if gradient.dtype == view.dtype else None
             if self._is_last:
-                self._waiting[bucket.index] -= 1
+                self._waiting[bucket.index].discard(position)
                 self._start_ready()
 
         return arrived
 
     def _start_ready(self) -> None:
-        while self._next_reduce < len(self._buckets) and self._waiting[self._next_reduce] == 0:
+        while self._next_reduce < len(self._buckets) and not self._waiting[self._next_reduce]:
             self._buckets[self._next_reduce].start_reduce()
             self._next_reduce += 1
 
@@ -225,11 +228,12 @@ class FlatState:
     def reduce(self, block: str) -> None:
         """Buckets are reduced as they fill; a block asked for by name waits for the buckets before it."""
         for bucket in self._of_unit.get(block, ()):
-            self._waiting[bucket.index] = 0
+            self._waiting[bucket.index].clear()
         self._start_ready()
 
     def finish_reduce(self) -> None:
-        self._waiting = [0] * len(self._buckets)
+        for waiting in self._waiting:
+            waiting.clear()
         self._start_ready()
         for bucket in self._buckets:
             bucket.wait_reduced()
@@ -243,6 +247,13 @@ class FlatState:
     def wait_published(self) -> None:
         for bucket in self._buckets:
             bucket.wait_gathered()
+
+
+def _twice(full_name: str) -> str:
+    return (
+        f"the gradient of {full_name} came again after its reduction had started: a part of the model that runs several times is "
+        "recomputed by torch.utils.checkpoint with use_reentrant=True, which adds to it each time: set use_reentrant=False"
+    )
 
 
 def _frozen(layout: ParameterLayout, slots: ParameterSlots, precision: Precision, collectives: Collectives) -> Shard:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -81,7 +82,7 @@ class OptimizerConfig(Section):
     """`adamw`, `sgd`, or the name of an optimizer that an installed plugin contributes."""
     lr: Annotated[float, Field(gt=0)] = 3.0e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
     """AdamW's denominator floor."""

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from colossal_core.testing.comparison import Row, compare, table
     from colossal_core.difference import EXACT, relative_difference
+    from colossal_core.testing.comparison import Row, compare, table
     from colossal_core.testing.parity import RunRecord, RunSpec, record_run
     from colossal_core.testing.pool import RankError, WorkerPool
     from colossal_core.testing.suites import CheckpointSuite, OpSuite, StrategySuite

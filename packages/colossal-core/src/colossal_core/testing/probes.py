@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CORE_TAGS = (
     "plan",
+    "initial values",
     "items",
     "loss and norm",
     "full tensor",

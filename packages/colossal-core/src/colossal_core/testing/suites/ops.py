@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from colossal_core.difference import EXACT, floor_for_gradients, relative_difference
 from colossal_core.ops import OpImplementation
 from colossal_core.ops.reference import reference_ops
-from colossal_core.difference import EXACT, floor_for_gradients, relative_difference
 from colossal_core.testing.op_cases import OpCase, op_cases
 from colossal_core.testing.suites.sealed import SealedSuite
 
