@@ -48,6 +48,7 @@ def examine(model: nn.Module, example_batch: Mapping[str, Tensor] | None = None)
         experts=modules_reaching(model, EXPERTS_INTERFACE),
         fused_dropout=tuple(name for name, _ in model.named_modules() if name in found.fused_dropout),
         forward_keys=_forward_keys(model),
+        batch_statistics=_batch_statistics(model),
         auxiliary_loss=facts.auxiliary_loss,
         vocab_size=vocab_size,
         num_heads=facts.num_heads,
@@ -57,6 +58,12 @@ def examine(model: nn.Module, example_batch: Mapping[str, Tensor] | None = None)
         expert_plan=expert_plan(model),
         untraced=found.error,
     )
+
+
+def _batch_statistics(model: nn.Module) -> tuple[str, ...]:
+    """BatchNorm in training mode. One that is kept in evaluation mode is an affine map; a SyncBatchNorm sums over the default group."""
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return tuple(name for name, module in model.named_modules() if isinstance(module, batch_norms) and module.training)
 
 
 def _is_whole_list(model: nn.Module, chain: BlockChain) -> bool:

@@ -282,6 +282,11 @@ def _core_problems(
         if fact.dtype.startswith("complex"):
             reason = f"holds the parameter {fact.full_name} of dtype {fact.dtype}, and training is in real numbers"
             yield Problem("model", reason, "hold it as real parameters (torch.view_as_real)")
+    if anatomy.batch_statistics and mesh.size(LOSS_AXES) > 1:
+        name, ranks = anatomy.batch_statistics[0], mesh.size(LOSS_AXES)
+        reason = f"{name} normalises over the batch, of which each of the {ranks} ranks has another part"
+        remedy = "use GroupNorm or LayerNorm, or put it into evaluation mode before boosting (its statistics are then constants)"
+        yield Problem("model", reason, remedy)
     if anatomy.auxiliary_loss:
         reason = "the model returns an auxiliary loss beside the logits, whose unit is not declared"
         yield Problem(

@@ -94,8 +94,10 @@ class PlainRunner:
             return self._loss_owner(self._model, batches.cut(batch, microbatch, plan.micro_size))
 
     def _backward(self, loss_sum: torch.Tensor, divisor: torch.Tensor) -> None:
-        if self._loss_scale is not None:  # in float32: the first scale, 65536, is infinite in float16
-            loss_sum = loss_sum.to(self._loss_scale.scale.dtype) * self._loss_scale.scale
+        # In the master dtype: a number of items has no room in bfloat16, and the first loss scale, 65536, is infinite in float16.
+        loss_sum = loss_sum.to(self._context.precision.master)
+        if self._loss_scale is not None:
+            loss_sum = loss_sum * self._loss_scale.scale
         scaled = loss_sum / divisor.to(loss_sum.dtype)
         with lifted(self._context):
             scaled.backward()  # type: ignore[no-untyped-call]

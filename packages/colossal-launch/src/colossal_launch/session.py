@@ -42,7 +42,7 @@ def launch(device: str = "auto", timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
     """Joins the group that the environment describes (torchrun, Slurm, MPI), or stands alone where it describes none.
 
     device: `auto` (the accelerator that torch finds, else the CPU), `cpu` or `cuda`. timeout: of joining and of every collective.
-    Calling it again returns the same group. The group is left at exit.
+    Calling it again returns the same group, with the timeout that it has. The group is left at exit.
 
     Raises: ConfigError for an inconsistent environment or a device that is not there, CommunicationError when other ranks do not come.
     """
@@ -57,6 +57,9 @@ def launch(device: str = "auto", timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
         _joined.collectives = join(flat, environment.rank, chosen, environment.store_address, timeout)
         atexit.register(finish)
     joined = _joined.collectives
+    if device != "auto" and joined.device.type != chosen.type:
+        reason = f"this process has joined its group on {joined.device.type} already"
+        raise ConfigError([Problem("launch", reason, "call launch once, or with the same device", device)])
     return Ranks(joined.rank, joined.mesh.world_size, environment.local_rank, joined.device)
 
 

@@ -46,7 +46,9 @@ def plan(
         return 0
     setup = read_setup(config, overrides or [])
     built = build(setup, None, device="cpu")
-    assembly = assemble(setup, built.module, world_size=world_size, device_type=_device_type(setup))
+    assembly = assemble(
+        setup, built.module, world_size=world_size, device_type=_device_type(setup), own_loss=_has_own_loss(setup)
+    )
     say(assembly.plan.describe())
     for line in memory_lines(assembly):
         say(line)
@@ -56,6 +58,10 @@ def plan(
                 f"  {layout.full_name} {list(layout.shape)} compute {layout.compute.cut_axes} state {layout.state.cut_axes}"
             )
     return 0
+
+
+def _has_own_loss(setup: Setup) -> bool:
+    return setup.config.model is not None and setup.config.model.loss is not None
 
 
 def _device_type(setup: Setup) -> str:

@@ -61,7 +61,14 @@ def prepare_job(setup: Setup, *, world_size: int, device_type: str) -> Job:
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     problems += _task_problems(setup.config, built)
-    assembly = assemble(setup, built.module, world_size=world_size, device_type=device_type, known_problems=problems)
+    assembly = assemble(
+        setup,
+        built.module,
+        world_size=world_size,
+        device_type=device_type,
+        known_problems=problems,
+        own_loss=sections_of(setup.config)[0].loss is not None,
+    )
     assert text is not None, "its absence is a problem, and problems are raised"
     write_config(setup, folder)
     return Job(setup, folder, text, assembly)
