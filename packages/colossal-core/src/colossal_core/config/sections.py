@@ -130,8 +130,8 @@ class CompileConfig(Section):
 
 
 class TrainSection(Section):
-    """How long to train and what to report. The keys of evaluation, logging, `non_finite` and `processes` are for `colossal train`: a script
-    has its own loop, in which `result.skipped` says that an update was left out.
+    """How long to train and what to report. The keys of evaluation, logging, `non_finite` and `processes` are for `colossal train`: a
+    script has its own loop, in which `result.skipped` says that an update was left out.
     """
 
     num_steps: Positive = 100
@@ -155,7 +155,7 @@ class TrainSection(Section):
 
 
 class CheckpointConfig(Section):
-    """Where and how often `colossal train` saves and starts again. A script calls `trained.save` and `trained.load`; `keep` holds there too."""
+    """Where and how often `colossal train` saves and starts again. A script calls `trained.save` and `trained.load`; `keep` holds there."""
 
     directory: str = "runs/default"
     """The run's folder: checkpoints, metrics, TensorBoard events and the loss curve."""
