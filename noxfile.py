@@ -254,7 +254,7 @@ def wheels(session: nox.Session) -> None:
     for line in (
         "plugins",
         "doctor",
-        "plan run.yaml --world-size 8",
+        "plan run.yaml --world-size 8 --set batch.micro_size=4",
         "train run.yaml --processes 2 --set train.num_steps=2 --set train.eval_num_batches=1",
         "convert runs/pretrain_stdlib exported",
         "run script.py --processes 2",
