@@ -27,16 +27,22 @@ def to_device(
 
 
 def check_not_empty(batch: Mapping[str, torch.Tensor]) -> None:
-    """Raises ColossalError for a batch without a tensor."""
+    """Raises ColossalError for a batch without a tensor, or with something else than tensors that have a first dimension."""
     if not batch:
         raise ColossalError("batch: is empty: a batch is a mapping of tensors, the forward's keyword arguments")
+    values: Mapping[str, object] = batch  # a user's batch may hold anything
+    for key, value in values.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            found = "a 0-d tensor" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            message = f"batch.{key}: is {found}: every value is a tensor whose first dimension is the sequences; leave out the rest"
+            raise ColossalError(message)
 
 
 def check_share(batch: Mapping[str, torch.Tensor], plan: BatchPlan) -> None:
     """Raises ColossalError unless every tensor's first dimension is this rank's share of the step."""
     check_not_empty(batch)
     for key, value in batch.items():
-        size = value.shape[0] if value.dim() else 0
+        size = value.shape[0]
         if size != plan.share:
             message = (
                 f"batch.{key}: has {size} sequences, and this rank's share of batch.global_size={plan.global_size} is {plan.share}: "

@@ -100,7 +100,13 @@ class LossOwner:
             items = self.count_items(batch)
             return MicrobatchLoss(mean * items.to(mean.dtype), items)
         outputs = model(**self._inputs(model, batch, with_labels=False))
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        if logits is None:
+            message = (
+                f"loss_fn: the model returns {type(outputs).__name__} without `.logits`, from which the loss is made: "
+                "let it return them by that name (transformers: return_dict=True), or pass loss_fn"
+            )
+            raise ColossalError(message)
         total, items = self._cross_entropy(logits, batch["labels"])
         return MicrobatchLoss(total, items.to(torch.float64))
 
