@@ -35,7 +35,10 @@ INPUTS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "zero_stage", "micro_siz
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of a model that closed forms need. Counts are of elements; block_* are of one block."""
+    """The numbers of a model that closed forms need. Counts are of elements; block_* are of one block.
+
+    optimizer_state_elements: elements of optimizer state for each trained one (AdamW: 2).
+    """
 
     num_parameters: int
     num_trainable: int
@@ -45,6 +48,7 @@ class ModelSize:
     sequence_length: int
     vocab_size: int
     num_heads: int
+    optimizer_state_elements: int = 2
 
 
 @dataclass(frozen=True)

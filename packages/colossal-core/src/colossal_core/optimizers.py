@@ -49,7 +49,7 @@ class OptimizerSpec:
 
     name: str
     factory: Callable[[Groups, OptimizerConfig, OpTable], ClippingOptimizer]
-    state_elements: int
+    state_elements: Callable[[OptimizerConfig], int]
     keys: tuple[str, ...]
     elementwise: bool = True
 
@@ -161,8 +161,15 @@ def _kept_where(
     return [torch.where(skip, before, after) for before, after in zip(old, new, strict=True)]
 
 
-ADAMW = OptimizerSpec("adamw", AdamW, state_elements=2, keys=("lr", "betas", "eps", "weight_decay", "no_decay"))
-SGD_SPEC = OptimizerSpec("sgd", SGD, state_elements=1, keys=("lr", "momentum", "weight_decay", "no_decay"))
+ADAMW = OptimizerSpec(
+    "adamw", AdamW, state_elements=lambda config: 2, keys=("lr", "betas", "eps", "weight_decay", "no_decay")
+)
+SGD_SPEC = OptimizerSpec(
+    "sgd",
+    SGD,
+    state_elements=lambda config: int(config.momentum > 0),
+    keys=("lr", "momentum", "weight_decay", "no_decay"),
+)
 
 ALWAYS_KEYS = ("name", "max_grad_norm")
 ELEMENTWISE_TORCH = (
@@ -220,6 +227,11 @@ def _from_config(
 ) -> ClippingOptimizer:
     section = config.optimizer
     spec = specs[section.name]
+    if not spec.elementwise and any(shard.layout.state.cut_axes for shard in shards):
+        reason = "it does not update every element by itself, and the masters are sharded"
+        raise ConfigError(
+            [Problem("optimizer.name", reason, "use parallel.zero.stage: 0, or another optimizer", spec.name)]
+        )
     decayed = [s.master for s in shards if section.no_decay == "none" or len(s.layout.shape) >= 2]
     rest = [s.master for s in shards if not (section.no_decay == "none" or len(s.layout.shape) >= 2)]
     groups: Groups = [{"params": decayed}] if decayed else []

@@ -18,7 +18,7 @@ from colossal_core.batch import InputCut
 from colossal_core.errors import ConfigError, Problem, raise_problems
 from colossal_core.layout import ParameterLayout, Placement
 from colossal_core.mesh import BASE_AXES, MeshLayout
-from colossal_core.program import Program, plain_program
+from colossal_core.program import PLAIN_KINDS, Program, plain_program
 
 if TYPE_CHECKING:
     from colossal_core.anatomy import ModelAnatomy
@@ -202,7 +202,7 @@ def make_plan(
         problems += _conflicts(strategy, names, touched)
         touched[(strategy.phase, strategy.name)] = (strategy.name, names, strategy.after)
         draft = replace(changed, applied=(*draft.applied, (strategy.phase.name.lower(), strategy.name)))
-    problems += _layout_problems(draft)
+    problems += [*_layout_problems(draft), *_program_problems(draft)]
     raise_problems(problems)
     return Plan(
         **{name: getattr(draft, name) for name in PlanDraft.__dataclass_fields__},
@@ -322,6 +322,13 @@ def _layout_problems(draft: PlanDraft) -> Iterable[Problem]:
         if twice:
             reason = f"is cut along {sorted(twice)} and still partial over it"
             yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
+
+
+def _program_problems(draft: PlanDraft) -> Iterable[Problem]:
+    lacking = sorted({action.kind for actions in draft.program.actions for action in actions} - PLAIN_KINDS)
+    if lacking:
+        reason = f"has actions of kind {', '.join(lacking)}, which no installed runner carries out"
+        yield Problem("program", reason, "use a program of forward, backward and reduce actions")
 
 
 def check_fingerprints(found: Sequence[bytes], own: str) -> None:

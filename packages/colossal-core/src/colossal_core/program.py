@@ -41,6 +41,10 @@ class Program:
     num_stages: int = 1
 
 
+PLAIN_KINDS: frozenset[ActionKind] = frozenset({"forward", "backward", "reduce"})
+"""What core's own runner can do. A program with another kind needs a runner that a pipeline brings."""
+
+
 def plain_program(num_microbatches: int) -> Program:
     """The program without a pipeline: `F0 B0 F1 B1 ...`, then one reduce action that closes what the backward hooks left open."""
     actions: list[Action] = []

@@ -13,6 +13,7 @@ import torch
 from colossal_core import batch as batches
 from colossal_core.loss import LossOwner, MicrobatchLoss
 from colossal_core.plan import DATA_AXES, Plan
+from colossal_core.program import PLAIN_KINDS
 from colossal_core.strategy import ApplyContext, StepView
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ProgramRunner(Protocol):
 class PlainRunner:
     """The runner without a pipeline: `F0 B0 F1 B1 ... R`. Gradients are reduced inside the last backward pass."""
 
-    kinds = frozenset({"forward", "backward", "reduce"})
+    kinds: frozenset[str] = frozenset(PLAIN_KINDS)
 
     def __init__(
         self,

@@ -32,12 +32,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Assembly:
-    """A plan, and everything that `colossal_core.wrap` needs to carry it out."""
+    """A plan, and everything that `colossal_core.wrap` needs to carry it out.
+
+    optimizer_state_elements: elements of state that the configured optimizer keeps for each trained one.
+    """
 
     plan: Plan
     anatomy: ModelAnatomy
     strategies: tuple[Strategy, ...]
     ops: OpTable
+    optimizer_state_elements: int = 2
 
 
 def read_setup(source: str | Path | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Setup:
@@ -89,7 +93,9 @@ def assemble(
     strategies = setup.plugins.active(config)
     sizes = setup.plugins.axis_sizes(config)
     plan = make_plan(config, anatomy, strategies, sizes, ops, world_size=world_size, known_problems=problems)
-    return Assembly(plan, anatomy, strategies, ops)
+    spec = setup.plugins.optimizers().get(config.optimizer.name)
+    elements = spec.state_elements(config.optimizer) if spec is not None else 2
+    return Assembly(plan, anatomy, strategies, ops, elements)
 
 
 def _configured_batch(config: TrainConfig) -> Mapping[str, torch.Tensor] | None:

@@ -10,9 +10,9 @@ from colossal_core.estimate import EstimateTable, HardwareProfile
 def estimate_zero(table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
     """Adds state and traffic of each candidate. With P trained parameters on the rank's model shard and n = dp_shard x cp:
 
-    compute copy c P; gradients m P (flat, kept whole in stages 0 and 1); masters m P where m != c and AdamW states 2 m P, divided by n
-    in stage 1. Sent along the shard axes: stage 0, 2 (n-1)/n m P; stage 1, (n-1)/n (m + c) P. Along dp_replicate (r copies), 2 (r-1)/r m P
-    of the shard.
+    compute copy c P; gradients m P (flat, kept whole in stages 0 and 1); masters m P where m != c, and states s m P (AdamW: s = 2), both
+    divided by n in stage 1. Sent along the shard axes: stage 0, 2 (n-1)/n m P; stage 1, (n-1)/n (m + c) P. Along dp_replicate
+    (r copies), 2 (r-1)/r m P of the shard.
     """
     compute, master = profile.compute_element_bytes, profile.master_element_bytes
     parameters = table.model.num_trainable / (table.inputs["tp"] * table.inputs["pp"])
@@ -23,7 +23,8 @@ def estimate_zero(table: EstimateTable, profile: HardwareProfile) -> EstimateTab
     table = table.adding("parameter_bytes", compute * parameters)
     table = table.adding("gradient_bytes", master * parameters)
     table = table.adding("master_bytes", (master if master != compute else 0) * parameters / shards)
-    table = table.adding("optimizer_bytes", 2 * master * parameters / shards)
+    states = table.model.optimizer_state_elements
+    table = table.adding("optimizer_bytes", states * master * parameters / shards)
     all_reduce, scatter_gather = 2 * share * master * parameters, share * (master + compute) * parameters
     sent = np.where(table.inputs["zero_stage"] >= 1, scatter_gather, all_reduce)
     table = table.adding("bytes_shard", sent)

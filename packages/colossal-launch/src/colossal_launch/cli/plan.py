@@ -105,6 +105,7 @@ def estimate(assembly: Assembly) -> Any:
         sequence_length=plan.config.data.sequence_length if plan.config.data is not None else 0,
         vocab_size=anatomy.vocab_size or 0,
         num_heads=anatomy.num_heads or 0,
+        optimizer_state_elements=assembly.optimizer_state_elements,
     )
     profile = HardwareProfile(
         "any", np.inf, np.inf, np.inf, np.inf, 0.0, chosen.compute.itemsize, chosen.master.itemsize
@@ -122,7 +123,7 @@ def estimate(assembly: Assembly) -> Any:
 
 
 def _whole_state(table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
-    """Bytes of a state that no strategy keeps: all of it is on every rank. AdamW's two moments."""
+    """Bytes of a state that no strategy keeps: all of it is on every rank."""
     import numpy as np
 
     compute, master = profile.compute_element_bytes, profile.master_element_bytes
@@ -130,7 +131,8 @@ def _whole_state(table: EstimateTable, profile: HardwareProfile) -> EstimateTabl
     table = table.adding("parameter_bytes", compute * trained)
     table = table.adding("gradient_bytes", master * trained)
     table = table.adding("master_bytes", (master if master != compute else 0) * trained)
-    return table.adding("optimizer_bytes", 2 * master * trained)
+    states = table.model.optimizer_state_elements
+    return table.adding("optimizer_bytes", states * master * trained)
 
 
 def _bytes(count: float) -> str:
