@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 def to_device(
     batch: Mapping[str, torch.Tensor], device: torch.device, dtype_of: Callable[[str], torch.dtype]
 ) -> dict[str, torch.Tensor]:
-    """The batch on the device, each floating tensor in the dtype of its key. Copies from pinned memory do not wait."""
+    """The batch on the device, each floating tensor in the dtype of its key. A copy to a GPU leaves from pinned memory: from any other
+    it would first wait for all work on the stream, the last step's.
+    """
     moved = {}
     for key, value in batch.items():
         target = dtype_of(key) if value.is_floating_point() else value.dtype
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
         moved[key] = value.to(device=device, dtype=target, non_blocking=True)
     return moved
 
@@ -58,8 +62,13 @@ def cut(batch: Mapping[str, torch.Tensor], index: int, micro_size: int) -> dict[
 
 def sample_ids(plan: BatchPlan, data_index: int, microbatch: int, device: torch.device) -> torch.Tensor:
     """Indices within the global batch of a microbatch's sequences: [micro_size] int64. Rank d holds samples [d * share, (d+1) * share)."""
-    first = data_index * plan.share + microbatch * plan.micro_size
+    first = first_sample(plan, data_index, microbatch)
     return torch.arange(first, first + plan.micro_size, device=device)
+
+
+def first_sample(plan: BatchPlan, data_index: int, microbatch: int) -> int:
+    """Index within the global batch of a microbatch's first sequence."""
+    return data_index * plan.share + microbatch * plan.micro_size
 
 
 @dataclass(frozen=True)

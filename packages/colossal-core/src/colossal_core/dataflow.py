@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ def _watch(shadow: nn.Module, found: Trace) -> list[RemovableHandle]:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings, depth first."""
+    """The tensors in nested tuples, lists, mappings and dataclasses, depth first."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -200,6 +200,9 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from tensors_in(getattr(value, item.name))
 
 
 def _prepare(shadow: nn.Module) -> None:
@@ -227,6 +230,10 @@ def _use_portable_attention(module: nn.Module) -> None:
         config._attn_implementation = "sdpa"  # type: ignore[union-attr]  # flash kernels have no meta form
 
 
+_QUESTIONS = (Tensor.__bool__, Tensor.__contains__)
+"""What a forward pass asks of values: is this mask all ones? is the padding token in here?"""
+
+
 class _Observer(TorchFunctionMode):
     """Notes which module called torch's fused attention with a dropout above zero, and answers questions about values with `branch`."""
 
@@ -250,7 +257,7 @@ class _Observer(TorchFunctionMode):
             dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
             if dropout > 0:
                 self._found.add(self._running[-1])
-        if func is Tensor.__bool__ and args[0].is_meta and self._num_answers < MAX_ANSWERS:
+        if func in _QUESTIONS and args[0].is_meta and self._num_answers < MAX_ANSWERS:
             self._num_answers += 1
             return self._branch
         return func(*args, **kwargs)

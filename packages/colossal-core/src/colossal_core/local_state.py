@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class LocalState:
     """Masters are the parameters themselves where compute and master dtype agree, else copies in the master dtype.
 
-    Gradients accumulate over microbatches in the master dtype: in place by autograd where dtypes agree, else by a hook.
+    Gradients accumulate over microbatches in the gradient dtype: by autograd where that is the compute dtype, else by a hook. Their memory
+    is there from the first of a step's to the begin of the next step.
     """
 
     def __init__(
@@ -33,13 +34,16 @@ class LocalState:
             master = parameter
             if layout.trainable and precision.master != precision.compute:
                 master = nn.Parameter(torch.empty(layout.shape, dtype=precision.master, device=device))
+            if layout.trainable and precision.gradient != precision.compute:
                 parameter.register_post_accumulate_grad_hook(self._accumulate(name))  # type: ignore[no-untyped-call]
             self._shards[name] = Shard(layout, parameter, master)
 
     def _accumulate(self, name: str) -> Callable[[torch.Tensor], None]:
         def add_to_master_gradient(parameter: torch.Tensor) -> None:
             shard = self._shards[name]
-            assert parameter.grad is not None and shard.gradient is not None
+            assert parameter.grad is not None
+            if shard.gradient is None:
+                shard.gradient = torch.zeros_like(parameter, dtype=self._precision.gradient)
             shard.gradient.add_(parameter.grad)
             parameter.grad = None
 
@@ -58,29 +62,38 @@ class LocalState:
 
     def begin_step(self) -> None:
         for shard in self._shards.values():
-            if not shard.layout.trainable:
-                continue
-            if shard.gradient is None:
-                shard.gradient = torch.zeros_like(shard.master)
-            else:
-                shard.gradient.zero_()
-            if shard.master is shard.parameter:
-                shard.parameter.grad = shard.gradient
+            shard.gradient = shard.parameter.grad = shard.master.grad = None
 
     def begin_backward(self, *, last: bool) -> None:
         del last
 
-    def gather(self, block: str) -> None:
-        del block
+    def prefetch(self, unit: str) -> None:
+        del unit
 
-    def release(self, block: str) -> None:
-        del block
+    def gather(self, unit: str) -> None:
+        del unit
 
-    def reduce(self, block: str) -> None:
-        del block
+    def release(self, unit: str) -> None:
+        del unit
+
+    def reduce(self, unit: str) -> None:
+        del unit
+
+    def end_backward(self) -> None:
+        return None
 
     def finish_reduce(self) -> None:
-        return None
+        for shard in self._shards.values():
+            if not shard.layout.trainable or shard.gradient is not None:
+                continue
+            gradient = shard.parameter.grad
+            if gradient is None:
+                shard.gradient = torch.zeros_like(shard.parameter, dtype=self._precision.gradient)
+            else:
+                shard.gradient = gradient.to_dense() if gradient.is_sparse else gradient
+
+    def updated(self, masters: Sequence[nn.Parameter]) -> None:
+        del masters
 
     def publish(self) -> None:
         pairs = [shard for shard in self._shards.values() if shard.master is not shard.parameter]

@@ -20,6 +20,12 @@ BASE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 WORLD = BASE_AXES
 """The axes that together are all ranks: pass it where a group of axes is asked for."""
 
+DATA_AXES = ("dp_replicate", "dp_shard")
+"""The axes along which ranks get different sequences."""
+
+LOSS_AXES = ("dp_replicate", "dp_shard", "cp")
+"""The axes over which the loss of a step is a sum: the data axes, and cp, which splits each sequence."""
+
 
 @dataclass(frozen=True)
 class DerivedAxis:

@@ -12,25 +12,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from colossal_core.batch import InputCut
 from colossal_core.errors import ConfigError, Problem, raise_problems
 from colossal_core.layout import ParameterLayout, Placement
-from colossal_core.mesh import BASE_AXES, MeshLayout
-from colossal_core.program import PLAIN_KINDS, Program, plain_program
+from colossal_core.mesh import BASE_AXES, DATA_AXES, LOSS_AXES, MeshLayout
+from colossal_core.plan_problems import conflicts, core_problems, layout_problems, program_problems
+from colossal_core.program import Program, plain_program
 
 if TYPE_CHECKING:
     from colossal_core.anatomy import ModelAnatomy
     from colossal_core.config import TrainConfig
     from colossal_core.ops import OpTable
     from colossal_core.strategy import Phase, Strategy
-
-DATA_AXES = ("dp_replicate", "dp_shard")
-"""The axes along which ranks get different sequences."""
-
-LOSS_AXES = ("dp_replicate", "dp_shard", "cp")
-"""The axes over which the loss of a step is a sum: the data axes, and cp, which splits each sequence."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,27 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class Gathering:
+    """When a unit's compute copy is whole, if it is not always (ZeRO-3). A unit is a block, or a module outside every block.
+
+    keep: how long one gather lasts: `always` (nothing is released), `step` (gathered once for all microbatches of a step), `microbatch`
+    (from the forward pass to the backward pass of each), `use` (a block is released after its forward pass, and gathered again for its
+    backward pass). Modules outside every block are kept from the forward to the backward pass of a microbatch in any case. prefetch: how
+    many blocks ahead a gather is started.
+    """
+
+    keep: Literal["always", "step", "microbatch", "use"] = "always"
+    prefetch: int = 1
+
+
+@dataclass(frozen=True)
 class PlanDraft:
     """A plan in the making. Strategies return changed copies; nothing is changed in place.
 
     layouts: by full name, in the order of `named_parameters()`. block_names: the model's blocks, in
     order of execution. decisions: kind (`recompute`) -> block -> value. program: the actions of
-    every pp rank. input_cuts: how batch keys are split over axes. data: what a strategy needs again in `apply` (JSON values under its own
-    name). notes: automatic choices, for the reader.
+    every pp rank. gathering: when parameters are whole. input_cuts: how batch keys are split over axes. data: what a strategy needs
+    again in `apply` (JSON values under its own name). notes: automatic choices, for the reader. ops: provider of each op.
     touched: (phase, strategy, full names) for each strategy that changed a layout, kept by `make_plan`.
     """
 
@@ -59,12 +68,14 @@ class PlanDraft:
     batch: BatchPlan
     layouts: Mapping[str, ParameterLayout]
     program: Program
+    gathering: Gathering = Gathering()
     input_cuts: tuple[InputCut, ...] = ()
     block_names: tuple[str, ...] = ()
     decisions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     applied: tuple[tuple[str, str], ...] = ()
+    ops: Mapping[str, str] = field(default_factory=dict)
 
     def with_layouts(self, changed: Mapping[str, ParameterLayout]) -> PlanDraft:
         assert set(changed) <= set(self.layouts), sorted(set(changed) - set(self.layouts))
@@ -76,11 +87,17 @@ class PlanDraft:
     def with_data(self, strategy: str, data: Mapping[str, object]) -> PlanDraft:
         return replace(self, data={**self.data, strategy: dict(data)})
 
+    def with_op(self, op: str, provider: str) -> PlanDraft:
+        return replace(self, ops={**self.ops, op: provider})
+
     def with_note(self, note: str) -> PlanDraft:
         return replace(self, notes=(*self.notes, note))
 
     def with_program(self, program: Program) -> PlanDraft:
         return replace(self, program=program)
+
+    def with_gathering(self, gathering: Gathering) -> PlanDraft:
+        return replace(self, gathering=gathering)
 
     def with_mesh(self, mesh: MeshLayout) -> PlanDraft:
         return replace(self, mesh=mesh)
@@ -88,9 +105,8 @@ class PlanDraft:
 
 @dataclass(frozen=True)
 class Plan(PlanDraft):
-    """A finished plan. ops: provider of each op. anatomy_class: the model's class, for the reader."""
+    """A finished plan. model_class: the model's class, for the reader."""
 
-    ops: Mapping[str, str] = field(default_factory=dict)
     model_class: str = ""
 
     @cached_property
@@ -103,6 +119,7 @@ class Plan(PlanDraft):
             "inputs": [asdict(cut) for cut in self.input_cuts],
             "program": [[str(action) for action in actions] for actions in self.program.actions],
             "decisions": self.decisions,
+            "gathering": asdict(self.gathering),
             "data": self.data,
             "applied": self.applied,
             "ops": self.ops,
@@ -114,6 +131,11 @@ class Plan(PlanDraft):
     def units(self) -> tuple[str, ...]:
         """Names of all units of gather and reduce (blocks, and modules outside every block), in the order of their first parameter."""
         return tuple(dict.fromkeys(layout.block for layout in self.layouts.values()))
+
+    @cached_property
+    def units_by_use(self) -> tuple[str, ...]:
+        """All units in the order in which a forward pass asks for them: those outside every block at its start, then the blocks."""
+        return (*(unit for unit in self.units if unit not in self.block_names), *self.block_names)
 
     def describe(self) -> str:
         """The plan as text: one line a fact, stable from run to run."""
@@ -185,7 +207,7 @@ def make_plan(
     problems += batch_problems
     for strategy in strategies:
         problems += strategy.check(config, anatomy, mesh)
-    problems += _core_problems(config, anatomy, strategies, mesh)
+    problems += core_problems(config, anatomy, strategies, mesh)
     raise_problems(problems)
     draft = PlanDraft(
         config=config,
@@ -194,19 +216,19 @@ def make_plan(
         layouts=initial_layouts(anatomy, mesh),
         program=plain_program(batch.num_microbatches),
         block_names=anatomy.blocks,
+        ops=ops.providers(),
     )
     touched: dict[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]] = {}
     for strategy in strategies:
         changed = strategy.plan(draft, anatomy)
         names = frozenset(name for name, layout in changed.layouts.items() if layout != draft.layouts[name])
-        problems += _conflicts(strategy, names, touched)
+        problems += conflicts(strategy, names, touched)
         touched[(strategy.phase, strategy.name)] = (strategy.name, names, strategy.after)
         draft = replace(changed, applied=(*draft.applied, (strategy.phase.name.lower(), strategy.name)))
-    problems += [*_layout_problems(draft), *_program_problems(draft)]
+    problems += [*layout_problems(draft), *program_problems(draft)]
     raise_problems(problems)
     return Plan(
         **{name: getattr(draft, name) for name in PlanDraft.__dataclass_fields__},
-        ops=ops.providers(),
         model_class=anatomy.class_name,
     )
 
@@ -265,70 +287,6 @@ def _batch(config: TrainConfig, mesh: MeshLayout) -> tuple[BatchPlan, list[Probl
         fitting = ", ".join(str(divisor) for divisor in range(1, share + 1) if share % divisor == 0)
         return plan, [Problem("batch.micro_size", reason, f"use one of {fitting}", micro)]
     return plan, []
-
-
-def _core_problems(
-    config: TrainConfig, anatomy: ModelAnatomy, strategies: Sequence[Strategy], mesh: MeshLayout
-) -> Iterable[Problem]:
-    from colossal_core.strategy import Phase
-
-    holders = [strategy.name for strategy in strategies if strategy.phase is Phase.SHARD_STATE]
-    if mesh.size(LOSS_AXES) > 1 and not holders:
-        reason = f"data parallelism over {mesh.size(LOSS_AXES)} ranks needs the package colossal-zero, which is not installed"
-        yield Problem("parallel.zero", reason, "pip install colossal-zero")
-    if not any(fact.trainable for fact in anatomy.parameters):
-        yield Problem("model", "has no parameter with requires_grad", "unfreeze what is to be trained")
-    for fact in anatomy.parameters:
-        if fact.dtype.startswith("complex"):
-            reason = f"holds the parameter {fact.full_name} of dtype {fact.dtype}, and training is in real numbers"
-            yield Problem("model", reason, "hold it as real parameters (torch.view_as_real)")
-    if anatomy.batch_statistics and mesh.size(LOSS_AXES) > 1:
-        name, ranks = anatomy.batch_statistics[0], mesh.size(LOSS_AXES)
-        reason = f"{name} normalises over the batch, of which each of the {ranks} ranks has another part"
-        remedy = "use GroupNorm or LayerNorm, or put it into evaluation mode before boosting (its statistics are then constants)"
-        yield Problem("model", reason, remedy)
-    if anatomy.auxiliary_loss:
-        reason = "the model returns an auxiliary loss beside the logits, whose unit is not declared"
-        yield Problem(
-            "model.config.output_router_logits", reason, "set it to false, or pass loss_fn and add the term there", True
-        )
-    if config.precision == "fp16" and config.train.non_finite == "stop" and config.was_set("train.non_finite"):
-        yield Problem(
-            "train.non_finite", "fp16 skips steps whose gradients overflow", "leave it out or use skip", "stop"
-        )
-
-
-def _conflicts(
-    strategy: Strategy,
-    names: frozenset[str],
-    touched: Mapping[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]],
-) -> Iterable[Problem]:
-    for (phase, other), (_, other_names, other_after) in touched.items():
-        both = sorted(names & other_names)
-        if phase is strategy.phase and both and other not in strategy.after and strategy.name not in other_after:
-            reason = f"touches {both[0]} in phase {phase.name.lower()}, as {other} does"
-            yield Problem(
-                f"strategy {strategy.name}", reason, f"declare after=({other!r},) in one of them, or use one only"
-            )
-
-
-def _layout_problems(draft: PlanDraft) -> Iterable[Problem]:
-    for layout in draft.layouts.values():
-        unknown = set(layout.state.partial) - set(layout.compute.partial)
-        if unknown:
-            reason = f"is to be summed over {sorted(unknown)}, where its gradient is not partial"
-            yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
-        twice = set(layout.state.partial) & set(layout.state.cut_axes)
-        if twice:
-            reason = f"is cut along {sorted(twice)} and still partial over it"
-            yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
-
-
-def _program_problems(draft: PlanDraft) -> Iterable[Problem]:
-    lacking = sorted({action.kind for actions in draft.program.actions for action in actions} - PLAIN_KINDS)
-    if lacking:
-        reason = f"has actions of kind {', '.join(lacking)}, which no installed runner carries out"
-        yield Problem("program", reason, "use a program of forward, backward and reduce actions")
 
 
 def check_fingerprints(found: Sequence[bytes], own: str) -> None:

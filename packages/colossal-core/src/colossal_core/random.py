@@ -123,12 +123,12 @@ def keyed_dropout(
     return torch.where(_shifted(bits, 32) >= round(p * 2**32), x * (1.0 / (1.0 - p)), 0.0)
 
 
-def seed_fused(seed: int, step: int, microbatch: int, data_index: int) -> None:
-    """Seeds torch's own generators for what draws inside a fused kernel: one key for each (microbatch, data coordinate).
+def seed_fused(seed: int, step: int, first_sample: int) -> None:
+    """Seeds torch's own generators for what draws inside a fused kernel: one key for each microbatch, by its first sample.
 
-    These draws change with the mesh, but they are the same when the same run is repeated or resumed.
+    Meshes that cut a batch into the same microbatches draw the same numbers; another micro size draws others.
     """
-    torch.manual_seed(_signed(fold_numbers(seed, step, microbatch, data_index)))
+    torch.manual_seed(_signed(fold_numbers(seed, step, first_sample)))
 
 
 def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:

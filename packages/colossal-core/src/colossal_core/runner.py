@@ -12,7 +12,8 @@ import torch
 
 from colossal_core import batch as batches
 from colossal_core.loss import LossOwner, MicrobatchLoss
-from colossal_core.plan import DATA_AXES, Plan
+from colossal_core.mesh import DATA_AXES
+from colossal_core.plan import Plan
 from colossal_core.program import PLAIN_KINDS
 from colossal_core.strategy import ApplyContext, StepView
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class RandomStreams(Protocol):
     """Sets every source of random numbers before a microbatch."""
 
-    def seed(self, step: int, microbatch: int, sample_ids: torch.Tensor) -> None: ...
+    def seed(self, step: int, first_sample: int, sample_ids: torch.Tensor) -> None: ...
 
 
 class ProgramRunner(Protocol):
@@ -79,6 +80,7 @@ class PlainRunner:
                 loss = waiting.pop(action.microbatch)
                 self._state.begin_backward(last=index == self._last_backward)
                 self._backward(loss.sum, divisor)
+                self._state.end_backward()
                 done.append(MicrobatchLoss(loss.sum.detach(), loss.items))
             else:
                 assert action.kind == "reduce", f"the plain runner has no action {action}"
@@ -88,15 +90,15 @@ class PlainRunner:
     def _forward(self, step: int, batch: dict[str, torch.Tensor], microbatch: int) -> MicrobatchLoss:
         plan = self._plan.batch
         self._context.hooks.call("before_microbatch", StepView(step, microbatch, self._state))
-        self._random.seed(
-            step, microbatch, batches.sample_ids(plan, self._data_index, microbatch, self._context.device)
-        )
+        first = batches.first_sample(plan, self._data_index, microbatch)
+        ids = batches.sample_ids(plan, self._data_index, microbatch, self._context.device)
+        self._random.seed(step, first, ids)
         with lifted(self._context):
             return self._loss_owner(self._model, batches.cut(batch, microbatch, plan.micro_size))
 
     def _backward(self, loss_sum: torch.Tensor, divisor: torch.Tensor) -> None:
-        # In the master dtype: a number of items has no room in bfloat16, and the first loss scale, 65536, is infinite in float16.
-        loss_sum = loss_sum.to(self._context.precision.master)
+        # In the gradient dtype: a number of items has no room in bfloat16, and the first loss scale, 65536, is infinite in float16.
+        loss_sum = loss_sum.to(self._context.precision.gradient)
         if self._loss_scale is not None:
             loss_sum = loss_sum * self._loss_scale.scale
         scaled = loss_sum / divisor.to(loss_sum.dtype)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_core.difference import relative_difference
-from colossal_core.mesh import WORLD
+from colossal_core.mesh import DATA_AXES, WORLD
 from colossal_core.modules import evaluation_mode
-from colossal_core.plan import DATA_AXES
 
 if TYPE_CHECKING:
     from colossal_core.step import StepEngine

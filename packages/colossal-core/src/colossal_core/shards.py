@@ -6,7 +6,7 @@ step, the optimizer, the checkpoint and the norm see only this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +23,7 @@ class Shard:
 
     parameter: the module's parameter, in the compute dtype and placement. master: what the optimizer updates, in the master dtype: local
     elements, 1-D under a flat cut, else of the local shape; the same storage as `parameter` where dtype and placement agree.
-    gradient: the reduced gradient, of master's shape; None before the first backward pass and for frozen parameters.
+    gradient: the reduced gradient, of master's shape, in the gradient dtype; None before the first backward pass and for frozen parameters.
     """
 
     layout: ParameterLayout
@@ -35,8 +35,8 @@ class Shard:
 class ParameterState(Protocol):
     """All shards of this rank, and the movements between `state` and `compute`.
 
-    `gather`, `release` and `reduce` are asked for by autograd hooks in a plain run and by the program's actions in a pipeline. A state
-    that keeps its compute copy for the whole step answers `gather` by waiting for the last `publish` and `release` by nothing.
+    `gather`, `release` and `reduce` are asked for by hooks in a plain run (`gathering.py`) and by the program's actions in a pipeline. A
+    state that keeps its compute copy for the whole step answers `gather` by waiting for the last `publish` and `release` by nothing.
     """
 
     @property
@@ -52,17 +52,26 @@ class ParameterState(Protocol):
     def begin_backward(self, *, last: bool) -> None:
         """Before the backward pass of a microbatch; `last` where it completes the step's gradients on this rank."""
 
-    def gather(self, block: str) -> None:
-        """Makes the compute copy of a block's parameters readable by work that follows."""
+    def prefetch(self, unit: str) -> None:
+        """Starts what `gather` of the unit will wait for, beside the computation that follows."""
 
-    def release(self, block: str) -> None:
-        """The compute copy of a block's parameters is not needed until the next `gather`."""
+    def gather(self, unit: str) -> None:
+        """Makes the compute copy of a unit's parameters readable by work that follows. A unit: a block, or a module outside every block."""
 
-    def reduce(self, block: str) -> None:
-        """Starts the reduction of a block's gradients over each layout's `reduce_axes`."""
+    def release(self, unit: str) -> None:
+        """The compute copy of a unit's parameters is not needed until the next `gather`."""
+
+    def reduce(self, unit: str) -> None:
+        """The unit's gradients of this microbatch are there: starts their reduction over each layout's `reduce_axes`."""
+
+    def end_backward(self) -> None:
+        """After the backward pass of a microbatch: whatever of it is still open is accumulated, reduced and released."""
 
     def finish_reduce(self) -> None:
-        """Reduces what is still open (unused parameters too, in one order on every rank) and waits; `gradient` is set everywhere."""
+        """After the last backward pass: waits for every reduction; `gradient` is set everywhere, of unused parameters too."""
+
+    def updated(self, masters: Sequence[nn.Parameter]) -> None:
+        """Inside the optimizer's step: these masters have their new values. May start carrying them into the compute copies."""
 
     def publish(self) -> None:
         """After the optimizer: carries the masters into the compute copies. May leave communication on its way for `gather`."""

@@ -208,8 +208,9 @@ class ApplyContext:
     """What `apply` may use and fill: the only mutable meeting point of strategies.
 
     collectives: the other ranks. coordinate: this rank's, along every axis. parameters: the parameter state, set by the strategy of phase
-    shard_state and there for later phases. names: full name by id() of the user's parameter objects, aliases resolved. slots: every place
-    in the module tree that holds a parameter. replayed: per-call state that recomputation must bring back for its microbatch.
+    shard_state and there for later phases. units: the plan's, in the order of their use. names: full name by id() of
+    the user's parameter objects, aliases resolved. slots: every place in the module tree that holds a parameter. replayed: per-call state
+    that recomputation must bring back for its microbatch.
     """
 
     collectives: Collectives
@@ -220,6 +221,7 @@ class ApplyContext:
     seed: int
     names: dict[int, str]
     slots: ParameterSlots
+    units: tuple[str, ...] = ()
     replayed: list[Replayable] = field(default_factory=list)
     hooks: StepHooks = field(default_factory=StepHooks)
     tensors: TensorRegistry = field(default_factory=TensorRegistry)

@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
 class ModelRandom:
     """Dropout, as a module or as a function that a module's method calls, draws numbers keyed by (seed, step, global sample, position,
-    layer, feature). What draws inside a fused kernel is keyed by (seed, step, microbatch, data index) instead: reproducible, but not the
-    same on another mesh.
+    layer, feature). What draws for a whole microbatch at once (a fused kernel, a router of the model's own) is keyed by (seed, step, first
+    global sample) instead: the same on every mesh that cuts the batch into the same microbatches.
     """
 
-    def __init__(self, model: nn.Module, seed: int, data_index: int) -> None:
+    def __init__(self, model: nn.Module, seed: int) -> None:
         self.dropout = install_keyed_dropout(model)
         self._seed = seed
-        self._data_index = data_index
 
-    def seed(self, step: int, microbatch: int, sample_ids: torch.Tensor) -> None:
-        """sample_ids: [micro] int64, indices within the global batch."""
+    def seed(self, step: int, first_sample: int, sample_ids: torch.Tensor) -> None:
+        """sample_ids: [micro] int64, indices within the global batch, of which first_sample is the first."""
         self.dropout.set(self._seed, step, sample_ids)
-        seed_fused(self._seed, step, microbatch, self._data_index)
+        seed_fused(self._seed, step, first_sample)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from colossal_core.errors import raise_problems
 from colossal_core.foreign_optimizer import ForeignOptimizer
+from colossal_core.gathering import gathering_problems, install_gathering
 from colossal_core.local_state import LocalState
 from colossal_core.loss import LossFunction, LossOwner
 from colossal_core.mesh import WORLD
 from colossal_core.modules import ParameterSlots, cast_buffers, settle_buffers
 from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
-from colossal_core.plan import DATA_AXES, Plan, check_fingerprints
-from colossal_core.precision import LossScale, precision
+from colossal_core.plan import Plan, check_fingerprints
+from colossal_core.precision import LossScale, precision_of
 from colossal_core.runner import PlainRunner
 from colossal_core.schedule import SavedScheduler, own_schedule_problems, rates_from_config
 from colossal_core.step import StepEngine
@@ -63,12 +64,13 @@ def wrap(
     """The model in training on this rank. Ranks compare their plans before anything else, and start from the first rank's values.
 
     Communication: one gather of 16 bytes over all ranks, one broadcast of every parameter and buffer that is not on the meta device, then
-    whatever the strategies need. Raises: ConfigError for an optimizer or a scheduler that does not fit.
+    whatever the strategies need. Raises: ConfigError for an optimizer or a scheduler that does not fit, and for a model
+    that another run gathers.
     """
-    raise_problems(own_schedule_problems(plan.config, parts.optimizer, parts.scheduler))
+    raise_problems([*gathering_problems(model), *own_schedule_problems(plan.config, parts.optimizer, parts.scheduler)])
     check_fingerprints(collectives.gather_bytes(plan.fingerprint.encode(), WORLD, tag="plan"), plan.fingerprint)
     context = _context(model, plan, anatomy, collectives, ops)
-    random = ModelRandom(model, plan.config.train.seed, collectives.mesh.flat_index(context.coordinate, DATA_AXES))
+    random = ModelRandom(model, plan.config.train.seed)
     context.replayed.append(random.dropout)
     real = {fact.full_name: model.get_parameter(fact.full_name).detach() for fact in anatomy.parameters}
     for phase in Phase:
@@ -80,13 +82,12 @@ def wrap(
         if phase is Phase.SHARD_STATE and context.parameters is None:
             context.parameters = LocalState(context.slots, plan.layouts, context.precision, context.device)
     _materialise(model, context, real, parts.values)
-    _gather_before_use(model, plan, context)
-    state = context.parameter_state()
-    optimizer = build_optimizer(parts.optimizer, plan.config, specs, ops, state, context.names)
+    install_gathering(model, plan, anatomy, context.parameter_state())
+    optimizer = build_optimizer(parts.optimizer, plan.config, specs, context)
     for strategy in strategies:
         if strategy.phase is Phase.OPTIMIZER:
             strategy.apply(model, plan, context)
-    loss_owner = LossOwner(anatomy, ops, parts.loss_fn)
+    loss_owner = LossOwner(anatomy, context.ops, parts.loss_fn)
     set_rates: Callable[[int], None] = _keep_rates
     if parts.optimizer is None:
         set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)
@@ -116,11 +117,12 @@ def _context(
         collectives=collectives,
         coordinate=collectives.mesh.coordinate(collectives.rank),
         device=collectives.device,
-        precision=precision(plan.config.precision),
+        precision=precision_of(plan.config),
         ops=ops,
         seed=plan.config.train.seed,
         names=names,
         slots=ParameterSlots(model, [fact.names for fact in anatomy.parameters]),
+        units=plan.units_by_use,
     )
 
 
@@ -152,22 +154,3 @@ def _of_first_rank(value: torch.Tensor, context: ApplyContext) -> torch.Tensor:
     copied = value.to(context.device, copy=True).contiguous()
     context.collectives.start_broadcast(copied.reshape(-1).view(torch.uint8), WORLD, tag="initial values").wait()
     return copied
-
-
-def _gather_before_use(model: nn.Module, plan: Plan, context: ApplyContext) -> None:
-    """Asks the state for a unit's parameters right before the unit runs. Units outside every block are asked for at the model's start:
-    a tied or functionally used parameter may be read by a module that is not its owner."""
-    state = context.parameter_state()
-    outside = [unit for unit in plan.units if unit not in plan.block_names]
-
-    def gather(units: Sequence[str]) -> Callable[[Any, Any], None]:
-        def before_forward(module: Any, inputs: Any) -> None:
-            del module, inputs
-            for unit in units:
-                state.gather(unit)
-
-        return before_forward
-
-    model.register_forward_pre_hook(gather(outside))
-    for block in plan.block_names:
-        model.get_submodule(block).register_forward_pre_hook(gather([block]))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from colossal_core.config import OptimizerConfig, parse_config
+from colossal_core.elementwise import ADAMW, SGD_SPEC
 from colossal_core.errors import ConfigError
 from colossal_core.layout import FlatCut, ParameterLayout, Placement
-from colossal_core.ops import build_op_table
-from colossal_core.optimizers import ADAMW, SGD_SPEC, build_optimizer
-from colossal_core.plan import PlanDraft, _program_problems, initial_layouts
+from colossal_core.optimizers import build_optimizer
+from colossal_core.plan import PlanDraft, initial_layouts, program_problems
 from colossal_core.plugins import discover
 from colossal_core.program import Action, Program, plain_program
 from colossal_core.shards import Shard
@@ -23,23 +24,27 @@ CONFIG = parse_config({"batch": {"global_size": 2}}, PLUGINS.config_class())
 
 
 class OneShard:
-    """As much of a parameter state as binding an optimizer reads: one parameter, cut over two ranks."""
+    """As much of a context and its parameter state as binding an optimizer reads: one parameter, cut over two ranks."""
 
     def __init__(self) -> None:
         cut = Placement((4,), flat=FlatCut(("dp_shard",), (((0, 2), (2, 4)),)))
         layout = ParameterLayout("weight", (4,), Placement((4,)), cut)
         master = nn.Parameter(torch.zeros(2))
         self.shards = {"weight": Shard(layout, master, master)}
+        self.units: tuple[str, ...] = ()
+
+    def parameter_state(self) -> OneShard:
+        return self
 
 
-def test_an_optimizer_that_is_not_elementwise_is_refused_on_shards() -> None:
-    specs = {"adamw": replace(ADAMW, elementwise=False)}
-    ops = build_op_table(PLUGINS.ops(), "cpu", "float32")
+def test_an_optimizer_that_needs_whole_parameters_is_refused_on_shards() -> None:
+    specs = {"adamw": replace(ADAMW, on_shards="whole")}
+    context: Any = OneShard()
     with pytest.raises(ConfigError) as caught:
-        build_optimizer(None, CONFIG, specs, ops, OneShard(), {})  # type: ignore[arg-type]
+        build_optimizer(None, CONFIG, specs, context)
     assert str(caught.value) == (
-        "optimizer.name='adamw': it does not update every element by itself, and the masters are sharded: use "
-        "parallel.zero.stage: 0, or another optimizer"
+        "optimizer.name='adamw': it needs whole parameters, and the masters are sharded: use parallel.zero.stage: 0, or "
+        "another optimizer"
     )
 
 
@@ -47,6 +52,11 @@ def test_states_by_the_config() -> None:
     assert ADAMW.state_elements(OptimizerConfig()) == 2
     assert SGD_SPEC.state_elements(OptimizerConfig(name="sgd")) == 0
     assert SGD_SPEC.state_elements(OptimizerConfig(name="sgd", momentum=0.9)) == 1
+    assert ADAMW.state_bytes(OptimizerConfig(), 4) == 8
+    assert ADAMW.state_bytes(OptimizerConfig(), 8) == 16
+    assert ADAMW.state_bytes(OptimizerConfig(masters="compute"), 2) == 8
+    assert ADAMW.state_bytes(OptimizerConfig(states="bf16"), 4) == 4
+    assert ADAMW.state_bytes(OptimizerConfig(states="int8"), 4) == 2 + 2 * 4 / 256
 
 
 def test_actions_without_a_runner_are_a_plan_error() -> None:
@@ -56,9 +66,9 @@ def test_actions_without_a_runner_are_a_plan_error() -> None:
 
     layouts = initial_layouts(ModelAnatomy("Nothing", "own-loss", (), ()), MeshLayout())
     draft = PlanDraft(CONFIG, MeshLayout(), BatchPlan(2, 2, 2, 1), layouts, plain_program(1))
-    assert list(_program_problems(draft)) == []
+    assert list(program_problems(draft)) == []
     split = draft.with_program(Program(1, ((Action("forward"), Action("backward_input"), Action("backward_weight")),)))
-    assert [str(problem) for problem in _program_problems(split)] == [
+    assert [str(problem) for problem in program_problems(split)] == [
         "program: has actions of kind backward_input, backward_weight, which no installed runner carries out: use a program of "
         "forward, backward and reduce actions"
     ]

@@ -127,9 +127,9 @@ def test_compiled_numbers_are_the_eager_ones() -> None:
     assert torch.equal(compiled(KEY, ids, (4, 3, 5), 1), keyed_uniform(KEY, ids, (4, 3, 5), 1))
 
 
-def test_fused_draws_repeat_by_microbatch_and_coordinate() -> None:
+def test_fused_draws_repeat_by_the_first_sample() -> None:
     drawn = []
-    for key in ((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 3), (1, 2, 3, 5)):
+    for key in ((1, 2, 3), (1, 2, 3), (1, 3, 2), (1, 2, 4)):
         seed_fused(*key)
         drawn.append(torch.rand(3))
     assert torch.equal(drawn[0], drawn[1])

@@ -1,0 +1,84 @@
+"""What makes a plan impossible, whoever made it: what core refuses itself, and what strategies may not do to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from colossal_core.errors import Problem
+from colossal_core.mesh import LOSS_AXES
+from colossal_core.program import PLAIN_KINDS
+from colossal_core.strategy import Phase
+
+if TYPE_CHECKING:
+    from colossal_core.anatomy import ModelAnatomy
+    from colossal_core.config import TrainConfig
+    from colossal_core.mesh import MeshLayout
+    from colossal_core.plan import PlanDraft
+    from colossal_core.strategy import Strategy
+
+
+def core_problems(
+    config: TrainConfig, anatomy: ModelAnatomy, strategies: Sequence[Strategy], mesh: MeshLayout
+) -> Iterable[Problem]:
+    """What no run of core can do, with any strategies."""
+    holders = [strategy.name for strategy in strategies if strategy.phase is Phase.SHARD_STATE]
+    if mesh.size(LOSS_AXES) > 1 and not holders:
+        reason = f"data parallelism over {mesh.size(LOSS_AXES)} ranks needs the package colossal-zero, which is not installed"
+        yield Problem("parallel.zero", reason, "pip install colossal-zero")
+    if not any(fact.trainable for fact in anatomy.parameters):
+        yield Problem("model", "has no parameter with requires_grad", "unfreeze what is to be trained")
+    for fact in anatomy.parameters:
+        if fact.dtype.startswith("complex"):
+            reason = f"holds the parameter {fact.full_name} of dtype {fact.dtype}, and training is in real numbers"
+            yield Problem("model", reason, "hold it as real parameters (torch.view_as_real)")
+    if anatomy.batch_statistics and mesh.size(LOSS_AXES) > 1:
+        name, ranks = anatomy.batch_statistics[0], mesh.size(LOSS_AXES)
+        reason = f"{name} normalises over the batch, of which each of the {ranks} ranks has another part"
+        remedy = "use GroupNorm or LayerNorm, or put it into evaluation mode before boosting (its statistics are then constants)"
+        yield Problem("model", reason, remedy)
+    if anatomy.auxiliary_loss:
+        reason = "the model returns an auxiliary loss beside the logits, whose unit is not declared"
+        yield Problem(
+            "model.config.output_router_logits", reason, "set it to false, or pass loss_fn and add the term there", True
+        )
+    if config.precision == "fp16" and config.train.non_finite == "stop" and config.was_set("train.non_finite"):
+        yield Problem(
+            "train.non_finite", "fp16 skips steps whose gradients overflow", "leave it out or use skip", "stop"
+        )
+
+
+def conflicts(
+    strategy: Strategy,
+    names: frozenset[str],
+    touched: Mapping[tuple[Phase, str], tuple[str, frozenset[str], tuple[str, ...]]],
+) -> Iterable[Problem]:
+    """Two strategies that touch one parameter in one phase. names: that this one changed; touched: by those before it."""
+    for (phase, other), (_, other_names, other_after) in touched.items():
+        both = sorted(names & other_names)
+        if phase is strategy.phase and both and other not in strategy.after and strategy.name not in other_after:
+            reason = f"touches {both[0]} in phase {phase.name.lower()}, as {other} does"
+            yield Problem(
+                f"strategy {strategy.name}", reason, f"declare after=({other!r},) in one of them, or use one only"
+            )
+
+
+def layout_problems(draft: PlanDraft) -> Iterable[Problem]:
+    """Gradients that would be summed twice, or over an axis where they are whole."""
+    for layout in draft.layouts.values():
+        unknown = set(layout.state.partial) - set(layout.compute.partial)
+        if unknown:
+            reason = f"is to be summed over {sorted(unknown)}, where its gradient is not partial"
+            yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
+        twice = set(layout.state.partial) & set(layout.state.cut_axes)
+        if twice:
+            reason = f"is cut along {sorted(twice)} and still partial over it"
+            yield Problem(f"layout of {layout.full_name}", reason, "this is a mistake in a strategy's plan: report it")
+
+
+def program_problems(draft: PlanDraft) -> Iterable[Problem]:
+    """Actions that no runner carries out."""
+    lacking = sorted({action.kind for actions in draft.program.actions for action in actions} - PLAIN_KINDS)
+    if lacking:
+        reason = f"has actions of kind {', '.join(lacking)}, which no installed runner carries out"
+        yield Problem("program", reason, "use a program of forward, backward and reduce actions")
