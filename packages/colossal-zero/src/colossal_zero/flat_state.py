@@ -1,177 +1,101 @@
-"""The parameter state of stages 0 and 1: flat buckets, reduced while the backward pass runs, gathered while the next forward pass does.
+"""The parameter state of every stage: when each flat bucket is gathered, released and reduced, and in which order.
 
-Of each bucket a rank holds a flat compute copy (the module's parameters are views of it), a flat gradient in the master dtype (the
-parameters' `.grad` are views of it where dtypes agree), and its masters: all of them in stage 0, its shard in stage 1, inside the compute
-copy where dtypes agree. Reductions are started in the buckets' order on every rank, whichever gradients arrive first or not at all, so
-that ranks that used different parameters still meet in the same collective.
+Reductions are started in one order on every rank, whichever gradients arrive first or not at all, so that ranks that used different
+parameters still meet in the same collective. The order is the plan's until the first backward pass has shown in which order
+the gradients of the first rank really arrive, and which buckets some rank left incomplete: those come last from then on.
+
+Stage 3 gathers between reductions, and a rank that waits for a reduction which another one starts only after the next gather would wait for
+ever. So there reductions start at points that all ranks have in common: where a unit is closed, and at the end of a backward pass. What was
+complete on every rank in every backward pass of the first step may start at once from then on.
 """
 
 from __future__ import annotations
 
-import math
+import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from colossal_core.errors import ColossalError
-from colossal_core.layout import ParameterLayout, take_local
+from colossal_core.layout import ParameterLayout
 from colossal_core.shards import Shard
-from colossal_zero.plan import SHARD_AXES, Bucket, bucket_shape
+from colossal_zero.flat_bucket import FlatBucket, Formats
+from colossal_zero.plan import SHARD_AXES, Bucket, most_in_flight
+from colossal_zero.publication import Publication
 
 if TYPE_CHECKING:
-    from colossal_core.collectives import Collectives, Handle
+    from torch import nn
+
+    from colossal_core.collectives import Collectives
     from colossal_core.modules import ParameterSlots
-    from colossal_core.precision import Precision
-
-
-class FlatBucket:
-    """One bucket on this rank. sharded: stage 1 (reduce-scatter and all-gather), else stage 0 (all-reduce).
-
-    Communication, with n ranks in `dp_shard x cp` and M bytes of gradient: stage 0 sends 2 (n-1)/n M in `start_reduce`; stage 1 sends
-    (n-1)/n M there and (n-1)/n of the compute copy's bytes in `start_gather`.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        layouts: Sequence[ParameterLayout],
-        slots: ParameterSlots,
-        precision: Precision,
-        collectives: Collectives,
-        *,
-        sharded: bool,
-    ) -> None:
-        self.index = index
-        self._collectives = collectives
-        self._sharded = sharded
-        coordinate, device = collectives.mesh.coordinate(collectives.rank), collectives.device
-        shapes = [layout.compute.local_shape(coordinate, collectives.mesh) for layout in layouts]
-        self._num_shards = collectives.size(SHARD_AXES)
-        self.shape = bucket_shape([math.prod(shape) for shape in shapes], self._num_shards)
-        self._compute = torch.zeros(self.shape.length, dtype=precision.compute, device=device)
-        self._gradient = torch.zeros(self.shape.length, dtype=precision.master, device=device)
-        own = collectives.index(SHARD_AXES) if sharded else 0
-        width = self.shape.shard_length if sharded else self.shape.length
-        self._own = slice(own * width, (own + 1) * width)
-        self._shared = precision.master == precision.compute
-        compute_own = self._compute[self._own]
-        self._master = compute_own if self._shared else torch.zeros(width, dtype=precision.master, device=device)
-        self._pieces = [layout.compute.pieces(coordinate, collectives.mesh) for layout in layouts]
-        self._gathering: Handle | None = None
-        self._reducing: Handle | None = None
-        self.shards = [
-            self._shard(position, layout, shapes[position], slots) for position, layout in enumerate(layouts)
-        ]
-
-    def _shard(self, position: int, layout: ParameterLayout, shape: Sequence[int], slots: ParameterSlots) -> Shard:
-        start, numel = self.shape.offsets[position], self.shape.numels[position]
-        view = self._compute[start : start + numel].view(shape)
-        parameter = slots.place(layout.full_name, view)
-        if not self._sharded:
-            gradient = self._gradient[start : start + numel].view(shape)
-            master = parameter if self._shared else nn.Parameter(self._master[start : start + numel].view(shape))
-            return Shard(layout, parameter, master, gradient)
-        low, high = self.shape.held(position, self._collectives.index(SHARD_AXES))
-        first = start + low - self._own.start if high > low else 0
-        master = nn.Parameter(self._master[first : first + high - low])
-        return Shard(layout, parameter, master, self._gradient[self._own][first : first + high - low])
-
-    def gradient_view(self, position: int) -> torch.Tensor:
-        """The whole local gradient of one parameter inside the flat buffer, in the parameter's local shape."""
-        start, numel = self.shape.offsets[position], self.shape.numels[position]
-        return self._gradient[start : start + numel].view_as(self.shards[position].parameter)
-
-    def fill(self, position: int, full: torch.Tensor) -> None:
-        """Sets master and compute copy of one parameter; the master from `full` itself, so that it keeps what the compute dtype drops."""
-        shard = self.shards[position]
-        with torch.no_grad():
-            local = torch.empty(shard.parameter.shape, dtype=shard.master.dtype, device=self._compute.device)
-            take_local(local, full.to(local), self._pieces[position])
-            shard.parameter.copy_(local)
-            if self._shared:
-                return
-            if self._sharded:
-                low, high = self.shape.held(position, self._collectives.index(SHARD_AXES))
-                shard.master.copy_(local.view(-1)[low:high])
-            else:
-                shard.master.copy_(local)
-
-    def clear_gradient(self) -> None:
-        self._gradient.zero_()
-        if self._shared:
-            for position, shard in enumerate(self.shards):
-                shard.parameter.grad = self.gradient_view(position)
-
-    def start_reduce(self) -> None:
-        tag = f"gradient bucket {self.index}"
-        if self._sharded:
-            output = self._gradient[self._own]
-            self._reducing = self._collectives.start_reduce_scatter(
-                output, self._gradient, SHARD_AXES, use="reduce", tag=tag
-            )
-        else:
-            self._reducing = self._collectives.start_all_reduce(self._gradient, SHARD_AXES, use="reduce", tag=tag)
-
-    def wait_reduced(self) -> None:
-        if self._reducing is not None:
-            self._reducing.wait()
-            self._reducing = None
-
-    def start_gather(self) -> None:
-        """After the optimizer: the masters go into the compute copy, and every rank's range to every rank."""
-        if not self._shared:
-            self._compute[self._own].copy_(self._master)
-        if self._sharded and self._num_shards > 1:
-            own, tag = self._compute[self._own], f"parameter bucket {self.index}"
-            self._gathering = self._collectives.start_all_gather(self._compute, own, SHARD_AXES, use="gather", tag=tag)
-
-    def wait_gathered(self) -> None:
-        if self._gathering is not None:
-            self._gathering.wait()
-            self._gathering = None
+    from colossal_core.plan import Gathering
 
 
 class FlatState:
-    """`colossal_core.shards.ParameterState` over flat buckets. Frozen parameters are kept whole, in the compute dtype, and never sent."""
+    """`colossal_core.shards.ParameterState` over flat buckets. units: in the order in which the forward pass asks for them.
+
+    Stages 0 to 2 keep frozen parameters whole, in the compute dtype, and never send them.
+    """
 
     def __init__(
         self,
         layouts: Mapping[str, ParameterLayout],
         buckets: Sequence[Bucket],
         slots: ParameterSlots,
-        precision: Precision,
+        formats: Formats,
         collectives: Collectives,
-        *,
-        sharded: bool,
+        gathering: Gathering,
+        units: Sequence[str],
     ) -> None:
+        self._collectives = collectives
+        self._stage = formats.stage
+        self._keeps_for_step = gathering.keep == "step"
         coordinate = collectives.mesh.coordinate(collectives.rank)
         present = [bucket for bucket in buckets if layouts[bucket.names[0]].compute.is_present(coordinate)]
         self._buckets = [
-            FlatBucket(index, [layouts[name] for name in bucket.names], slots, precision, collectives, sharded=sharded)
+            FlatBucket(index, [layouts[name] for name in bucket.names], slots, formats, collectives)
             for index, bucket in enumerate(present)
         ]
-        self._place: dict[str, tuple[FlatBucket, int]] = {}
+        self._trained = [bucket for bucket in self._buckets if bucket.trainable]
+        self._place = {
+            layout.full_name: (bucket, position)
+            for bucket in self._buckets
+            for position, layout in enumerate(bucket.layouts)
+        }
         self._of_unit: dict[str, list[FlatBucket]] = {}
-        by_name: dict[str, Shard] = {}
-        for flat, bucket in zip(self._buckets, present, strict=True):
-            for position, name in enumerate(bucket.names):
-                self._place[name] = (flat, position)
-                by_name[name] = flat.shards[position]
-                unit = self._of_unit.setdefault(layouts[name].block, [])
-                if flat not in unit:
-                    unit.append(flat)
-        for name, layout in layouts.items():
-            if not layout.trainable and layout.compute.is_present(coordinate):
-                by_name[name] = _frozen(layout, slots, precision, collectives)
-        self._shards = {name: by_name[name] for name in layouts if name in by_name}
-        self._waiting: list[set[int]] = [set() for _ in self._buckets]
-        self._next_reduce = 0
-        self._is_last = False
-        for name, (flat, position) in self._place.items():
-            parameter = by_name[name].parameter
-            parameter.register_post_accumulate_grad_hook(self._on_gradient(flat, position))  # type: ignore[no-untyped-call]
+        for bucket in self._buckets:
+            for unit in dict.fromkeys(layout.block for layout in bucket.layouts):
+                self._of_unit.setdefault(unit, []).append(bucket)
+        in_order = [bucket for unit in units for bucket in self._of_unit.get(unit, ())]
+        self._publication = Publication(list(dict.fromkeys(in_order)) if formats.stage < 3 else [])
+        self._shards = {
+            name: self._shard(layout, slots, formats, collectives)
+            for name, layout in layouts.items()
+            if layout.compute.is_present(coordinate)
+        }
+        self._order = [bucket.index for bucket in self._trained]
+        self._arrived: list[int] | None = []
+        self._late: set[int] = set()
+        self._next = 0
+        self._waiting: dict[int, set[int]] = {}
+        self._started: set[int] = set()
+        self._in_flight: deque[FlatBucket] = deque()
+        self._most_in_flight = most_in_flight([bucket.sent_bytes for bucket in self._trained])
+        self._is_last = True
+        self._users: dict[int, set[str]] = {bucket.index: set() for bucket in self._buckets}
+        for bucket in self._trained:
+            for position, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(self._on_gradient(bucket, position))  # type: ignore[no-untyped-call]
+
+    def _shard(
+        self, layout: ParameterLayout, slots: ParameterSlots, formats: Formats, collectives: Collectives
+    ) -> Shard:
+        if layout.full_name in self._place:
+            bucket, position = self._place[layout.full_name]
+            return bucket.shards[position]
+        return _kept_whole(layout, slots, formats, collectives)
 
     @property
     def shards(self) -> Mapping[str, Shard]:
@@ -179,88 +103,211 @@ class FlatState:
 
     def fill(self, full_name: str, full: torch.Tensor) -> None:
         if full_name in self._place:
-            flat, position = self._place[full_name]
-            flat.fill(position, full)
+            bucket, position = self._place[full_name]
+            bucket.fill(position, full)
         else:
             with torch.no_grad():
                 self._shards[full_name].parameter.copy_(full)
 
-    def begin_step(self) -> None:
-        for bucket in self._buckets:
-            bucket.clear_gradient()
+    # --- parameters
 
-    def begin_backward(self, *, last: bool) -> None:
-        self._is_last = last
-        self._next_reduce = 0
-        for bucket in self._buckets:
-            self._waiting[bucket.index] = set(range(len(bucket.shards)))
+    def prefetch(self, unit: str) -> None:
+        if self._stage == 3:
+            for bucket in self._of_unit.get(unit, ()):
+                self._users[bucket.index].add(unit)
+                bucket.start_gather()
 
-    def _on_gradient(self, bucket: FlatBucket, position: int) -> Callable[[torch.Tensor], None]:
-        view = bucket.gradient_view(position)
-
-        def arrived(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            if self._is_last and bucket.index < self._next_reduce:
-                raise ColossalError(_twice(bucket.shards[position].layout.full_name))
-            if gradient.is_sparse or gradient.dtype != view.dtype or gradient.data_ptr() != view.data_ptr():
-                view.add_(gradient)
-                parameter.grad = view if gradient.dtype == view.dtype else None
-            if self._is_last:
-                self._waiting[bucket.index].discard(position)
-                self._start_ready()
-
-        return arrived
-
-    def _start_ready(self) -> None:
-        while self._next_reduce < len(self._buckets) and not self._waiting[self._next_reduce]:
-            self._buckets[self._next_reduce].start_reduce()
-            self._next_reduce += 1
-
-    def gather(self, block: str) -> None:
-        for bucket in self._of_unit.get(block, ()):
+    def gather(self, unit: str) -> None:
+        self.prefetch(unit)
+        for bucket in self._of_unit.get(unit, ()):
             bucket.wait_gathered()
 
-    def release(self, block: str) -> None:
-        """The compute copy is kept for the whole step."""
-        del block
+    def release(self, unit: str) -> None:
+        """Stage 3 frees the compute copy, unless it is kept for the whole step and the step is not at its end. A bucket that several
+        modules outside the blocks share is freed when the last of them is released.
+        """
+        if self._stage == 3 and not self._is_kept():
+            for bucket in self._of_unit.get(unit, ()):
+                self._users[bucket.index].discard(unit)
+                if not self._users[bucket.index]:
+                    bucket.release()
 
-    def reduce(self, block: str) -> None:
-        """Buckets are reduced as they fill; a block asked for by name waits for the buckets before it."""
-        for bucket in self._of_unit.get(block, ()):
-            self._waiting[bucket.index].clear()
-        self._start_ready()
-
-    def finish_reduce(self) -> None:
-        for waiting in self._waiting:
-            waiting.clear()
-        self._start_ready()
+    def _release_all(self) -> None:
         for bucket in self._buckets:
-            bucket.wait_reduced()
-        self.wait_published()
+            self._users[bucket.index].clear()
+            bucket.release()
+
+    def _is_kept(self) -> bool:
+        return self._keeps_for_step and not self._is_last
+
+    def updated(self, masters: Sequence[nn.Parameter]) -> None:
+        self._publication.updated(masters)
 
     def publish(self) -> None:
-        with torch.no_grad():
-            for bucket in reversed(self._buckets):
-                bucket.start_gather()
+        """Stages 0 to 2 refresh what is left of the compute copy. Stage 3 gathers anew when it is used."""
+        if self._stage == 3:
+            self._release_all()
+        self._publication.finish()
 
     def wait_published(self) -> None:
         for bucket in self._buckets:
             bucket.wait_gathered()
 
+    # --- gradients
 
-def _twice(full_name: str) -> str:
+    def begin_step(self) -> None:
+        """A step that an exception has ended leaves reductions on their way, which are waited for and forgotten."""
+        self._is_last = False
+        self._waiting = {}
+        self._in_flight.clear()
+        self._publication.begin()
+        for bucket in self._trained:
+            bucket.begin_step()
+
+    def begin_backward(self, *, last: bool) -> None:
+        self._is_last = last
+        self._next = 0
+        self._started.clear()
+        self._waiting = {bucket.index: set(range(len(bucket.parameters))) for bucket in self._trained}
+
+    def _on_gradient(self, bucket: FlatBucket, position: int) -> Callable[[torch.Tensor], None]:
+        def arrived(parameter: torch.Tensor) -> None:
+            del parameter
+            waiting = self._waiting.get(bucket.index)
+            if waiting is None:
+                return  # a backward pass that is not a step's
+            if position not in waiting:
+                raise ColossalError(_twice(bucket.layouts[position].full_name, self._stage))
+            waiting.discard(position)
+            if not waiting:
+                self._complete(bucket)
+
+        return arrived
+
+    def _complete(self, bucket: FlatBucket) -> None:
+        """All of a bucket's gradients are there. What stages 0 and 1 keep is accumulated at once; reductions wait for their turn."""
+        if self._arrived is not None:
+            self._arrived.append(bucket.index)
+        if self._stage < 2:
+            bucket.take_gradients()
+        if self._is_learning():
+            return
+        while self._next < len(self._order) and not self._waiting[self._order[self._next]]:
+            if self._order[self._next] in self._late:
+                break
+            self._start(self._buckets[self._order[self._next]])
+            self._next += 1
+
+    def _is_learning(self) -> bool:
+        return self._stage == 3 and self._arrived is not None
+
+    def _start(self, bucket: FlatBucket) -> None:
+        """Starts the reduction of a complete bucket, once in each backward pass."""
+        if bucket.index in self._started:
+            return
+        self._started.add(bucket.index)
+        if self._stage >= 2:
+            while self._in_flight and self._has_no_room_for(bucket):
+                self._in_flight.popleft().wait_reduced()
+            bucket.take_gradients()
+            bucket.start_reduce()
+            self._in_flight.append(bucket)
+        elif self._is_last:
+            bucket.start_reduce()
+
+    def _has_no_room_for(self, bucket: FlatBucket) -> bool:
+        used = sum(other.sent_bytes for other in self._in_flight)
+        return bucket in self._in_flight or used + bucket.sent_bytes > self._most_in_flight
+
+    def reduce(self, unit: str) -> None:
+        """Of a unit asked for by name what has not arrived never will. Its bucket still waits for its turn: on another rank all of the
+        unit's gradients may have arrived, and the order be kept by that. Nothing in a backward pass that is not a step's.
+        """
+        for bucket in self._of_unit.get(unit, ()):
+            waiting = self._waiting.get(bucket.index)
+            if waiting is None:
+                continue
+            if waiting:
+                waiting.difference_update(bucket.positions(unit))
+                if not waiting:
+                    self._complete(bucket)
+            else:
+                late = bucket.index in self._started and any(p.grad is not None for p in bucket.parameters)
+                assert not late, f"{unit} is reduced twice between begin_backward and end_backward"
+            if self._waiting[bucket.index]:
+                continue  # another unit of the bucket is still open
+            if self._is_learning():
+                self._start(bucket)
+            elif self._stage == 3 and bucket.index not in self._started | self._late:
+                stalled = self._buckets[self._order[self._next]]
+                position = min(self._waiting[stalled.index])
+                raise ColossalError(_missing(stalled.layouts[position].full_name))
+
+    def end_backward(self) -> None:
+        for index in self._order:
+            bucket = self._buckets[index]
+            if self._waiting[index]:
+                self._waiting[index].clear()
+                if self._arrived is not None:
+                    self._late.add(index)
+                if self._stage < 2:
+                    bucket.take_gradients()
+            self._start(bucket)
+        self._waiting = {}
+        if self._stage == 3 and not self._is_kept():
+            self._release_all()
+
+    def finish_reduce(self) -> None:
+        for bucket in self._trained:
+            bucket.wait_reduced()
+            bucket.show_gradients()
+        self._in_flight.clear()
+        self._is_last = True
+        self.wait_published()
+        if self._arrived is not None:
+            self._agree_on_order(self._arrived)
+            self._arrived = None
+
+    def _agree_on_order(self, arrived: list[int]) -> None:
+        """From the second step on, reductions start in the order in which the first rank saw its gradients arrive in the first, and those
+        last that any rank had to complete with zeros.
+
+        Communication: once, the indices of the buckets as text, over the ranks that reduce together.
+        """
+        seen = list(dict.fromkeys(arrived))
+        order = seen + [index for index in self._order if index not in seen]
+        if self._collectives.size(SHARD_AXES) > 1:
+            own = json.dumps([order, sorted(self._late)]).encode()
+            found = [
+                json.loads(text) for text in self._collectives.gather_bytes(own, SHARD_AXES, tag="order of gradients")
+            ]
+            order, self._late = found[0][0], {index for _, late in found for index in late}
+        self._order = sorted(order, key=lambda index: index in self._late)
+
+
+def _twice(full_name: str, stage: int) -> str:
+    found = (
+        f"the gradient of {full_name} came twice in one backward pass: a part of the model that runs several times is recomputed by "
+        "torch.utils.checkpoint with use_reentrant=True, which adds to it each time: set use_reentrant=False"
+    )
+    if stage < 3:
+        return found
     return (
-        f"the gradient of {full_name} came again after its reduction had started: a part of the model that runs several times is "
-        "recomputed by torch.utils.checkpoint with use_reentrant=True, which adds to it each time: set use_reentrant=False"
+        f"{found}; or the model ran several times before one backward pass (a loss_fn that calls it again), while stage 3 "
+        "reduces a block when its backward pass ends: use parallel.zero.stage: 2"
     )
 
 
-def _frozen(layout: ParameterLayout, slots: ParameterSlots, precision: Precision, collectives: Collectives) -> Shard:
+def _missing(full_name: str) -> str:
+    return (
+        f"the gradient of {full_name} has not arrived where it did in the first step: a module outside every block is used in some "
+        "microbatches only, on which the ranks cannot agree under stage 3: use parallel.zero.stage: 2"
+    )
+
+
+def _kept_whole(layout: ParameterLayout, slots: ParameterSlots, formats: Formats, collectives: Collectives) -> Shard:
     shape = layout.compute.local_shape(collectives.mesh.coordinate(collectives.rank), collectives.mesh)
     dtype = slots.dtype(layout.full_name)
-    storage = torch.empty(
-        shape, dtype=precision.compute if dtype.is_floating_point else dtype, device=collectives.device
-    )
+    storage = torch.empty(shape, dtype=formats.compute if dtype.is_floating_point else dtype, device=collectives.device)
     parameter = slots.place(layout.full_name, storage)
     return Shard(layout, parameter, parameter)

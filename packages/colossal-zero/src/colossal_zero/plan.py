@@ -1,22 +1,26 @@
-"""Which parameter lies where in which flat bucket: the decision of stages 0 and 1, as pure data.
+"""Which parameter lies where in which flat bucket: the decision of every stage, as pure data.
 
 Buckets are filled in the order in which gradients arrive, taken to be the reverse of the order of registration. A bucket never mixes a
-block's parameters with those outside every block, nor parameters of different pipeline stages, and starts each parameter at a
-multiple of `ALIGNMENT` elements, so that every view keeps the alignment that matrix products want.
+block's parameters with those outside every block, nor parameters of different pipeline stages, nor trained with frozen ones, and starts
+each parameter at a multiple of `ALIGNMENT` elements, so that every view keeps the alignment that matrix products want.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from colossal_core.layout import FlatCut, ParameterLayout, Placement
 from colossal_core.mesh import MeshLayout
 
 ALIGNMENT = 64
 """Elements: 128 bytes in bfloat16."""
+
+DEFAULT_BUCKET_BYTES = 128 * 2**20
+"""A message of this size comes near to what NVLink reaches with a larger one (H200, measured)."""
 
 SHARD_AXES = ("dp_shard", "cp")
 """The axes along which the state is cut, flattened."""
@@ -30,18 +34,21 @@ class Bucket:
 
 
 def assign_buckets(
-    layouts: Mapping[str, ParameterLayout], blocks: Sequence[str], bucket_elements: int
+    layouts: Iterable[ParameterLayout], blocks: Sequence[str], bucket_elements: int, *, whole_blocks: bool = False
 ) -> tuple[Bucket, ...]:
-    """The buckets of all trained parameters, in the order in which their reductions are started."""
+    """The buckets of some parameters, in the order in which their reductions are expected to start.
+
+    whole_blocks: a block's parameters are one bucket and share it with no other block's, as stages need that gather or reduce by block.
+    """
     inside = frozenset(blocks)
     buckets: list[Bucket] = []
     names: list[str] = []
     filled, key = 0, None
-    for layout in reversed(list(layouts.values())):
-        if not layout.trainable:
-            continue
-        own_key = (layout.block in inside, layout.compute.present)
-        if names and (own_key != key or filled + layout.numel > bucket_elements):
+    for layout in reversed(list(layouts)):
+        in_block = layout.block in inside
+        own_key = (layout.block if in_block and whole_blocks else in_block, layout.compute.present)
+        limited = not (in_block and whole_blocks)
+        if names and (own_key != key or (limited and filled + layout.numel > bucket_elements)):
             buckets.append(Bucket(tuple(names)))
             names, filled = [], 0
         names.append(layout.full_name)
@@ -67,6 +74,13 @@ class BucketShape:
     def shard_length(self) -> int:
         return self.length // self.num_shards
 
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """The [start, stop) ranges of padding, in order."""
+        ends = [offset + numel for offset, numel in zip(self.offsets, self.numels, strict=True)]
+        starts = [*self.offsets[1:], self.length]
+        return tuple((end, start) for end, start in zip(ends, starts, strict=True) if start > end)
+
     def held(self, position: int, shard: int) -> tuple[int, int]:
         """The [start, stop) range of the parameter at `position` that shard `shard` holds; empty ranges are (k, k)."""
         start, stop = (
@@ -88,6 +102,13 @@ def bucket_shape(numels: Sequence[int], num_shards: int) -> BucketShape:
     return BucketShape(tuple(offsets), tuple(numels), -(-end // unit) * unit, num_shards)
 
 
+def most_in_flight(sent_bytes: Sequence[int]) -> int:
+    """Bytes of transient gradient buffers that exist at once, for the buckets of a rank: two of the usual size, one being reduced while the
+    next is filled, or the largest alone (a table of embeddings is often larger than two blocks).
+    """
+    return max(*sent_bytes, 2 * sorted(sent_bytes)[len(sent_bytes) // 2]) if sent_bytes else 0
+
+
 def compute_coordinates(placement: Placement, mesh: MeshLayout) -> list[dict[str, int]]:
     """One coordinate for each flat index over the axes that cut the compute placement, the others at 0 or where it is present."""
     axes = tuple(axis for cut in placement.cuts for axis in cut.axes)
@@ -99,7 +120,7 @@ def compute_coordinates(placement: Placement, mesh: MeshLayout) -> list[dict[str
 def sharded_layouts(
     layouts: Mapping[str, ParameterLayout], buckets: Sequence[Bucket], mesh: MeshLayout
 ) -> dict[str, ParameterLayout]:
-    """Stage 1: every bucket's flat buffer cut into equal shards along `dp_shard x cp`; reduced over them in the backward pass."""
+    """Stages 1 to 3: every bucket's flat buffer cut into equal shards along `dp_shard x cp`; reduced over them in the backward pass."""
     num_shards = mesh.size(SHARD_AXES)
     changed = {}
     for bucket in buckets:

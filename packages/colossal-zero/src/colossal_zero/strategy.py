@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from colossal_core.errors import Problem
+from colossal_core.plan import Gathering
 from colossal_core.strategy import Phase, StrategySpec
 from colossal_zero.config import ZeroConfig
 from colossal_zero.cost import estimate_zero
-from colossal_zero.plan import Bucket, assign_buckets, replicated_layouts, sharded_layouts
+from colossal_zero.plan import DEFAULT_BUCKET_BYTES, Bucket, assign_buckets, replicated_layouts, sharded_layouts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
     from colossal_core.anatomy import ModelAnatomy
     from colossal_core.config import TrainConfig
     from colossal_core.estimate import EstimateTable, HardwareProfile
+    from colossal_core.layout import ParameterLayout
     from colossal_core.mesh import MeshLayout
     from colossal_core.plan import Plan, PlanDraft
     from colossal_core.strategy import ApplyContext
 
-LAST_STAGE = 1
-MASTER_ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}
+ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}
+"""Bytes of one gradient element as it is kept, by precision."""
 
 
 class ZeroStrategy:
-    """Stages 0 and 1 over `dp_shard x cp`, copied along `dp_replicate`."""
+    """Stages 0 to 3 over `dp_shard x cp`, copied along `dp_replicate`."""
 
     name = "zero"
     axes = ("dp_replicate", "dp_shard", "cp")
@@ -37,35 +39,76 @@ class ZeroStrategy:
         self.config = config
 
     def check(self, config: TrainConfig, anatomy: ModelAnatomy, mesh: MeshLayout) -> list[Problem]:
-        if self.config.stage > LAST_STAGE:
-            reason = "stages 2 and 3 are not part of this release of colossal-zero"
-            return [Problem("parallel.zero.stage", reason, "use 0 or 1", self.config.stage)]
-        return []
+        del anatomy, mesh
+        problems = []
+        for key in ("keep_parameters", "prefetch"):
+            value = getattr(self.config, key)
+            if value is not None and self.config.stage < 3:
+                reason = f"says how parameters are gathered, and stage {self.config.stage} keeps them whole"
+                problems.append(Problem(f"parallel.zero.{key}", reason, "remove it, or use stage: 3", value))
+        if self.config.reduce_dtype is not None and config.precision in ("fp64", "fp32"):
+            reason = f"would round the gradients of a run in {config.precision}"
+            remedy = "remove it, or use precision: bf16"
+            problems.append(Problem("parallel.zero.reduce_dtype", reason, remedy, self.config.reduce_dtype))
+        return problems
 
     def plan(self, draft: PlanDraft, anatomy: ModelAnatomy) -> PlanDraft:
-        elements = self.config.bucket_bytes // MASTER_ELEMENT_BYTES[draft.config.precision]
-        buckets = assign_buckets(draft.layouts, draft.block_names, elements)
-        if self.config.stage == 0:
-            changed = replicated_layouts(draft.layouts)
-        else:
-            changed = sharded_layouts(draft.layouts, buckets, draft.mesh)
+        elements = self._bucket_elements(draft)
+        whole_blocks = self.config.stage >= 2
+        trained = [layout for layout in draft.layouts.values() if layout.trainable]
+        buckets = assign_buckets(trained, draft.block_names, elements, whole_blocks=whole_blocks)
+        if self.config.stage == 3:
+            frozen = _sharded_though_frozen(draft.layouts.values(), anatomy)
+            buckets += assign_buckets(frozen, draft.block_names, elements, whole_blocks=True)
+            draft = draft.with_gathering(self._gathering())
+        changed = (
+            sharded_layouts(draft.layouts, buckets, draft.mesh)
+            if self.config.stage
+            else replicated_layouts(draft.layouts)
+        )
         draft = draft.with_layouts(changed).with_data(
             self.name, {"buckets": [list(bucket.names) for bucket in buckets]}
         )
-        return draft.with_note(f"zero: stage {self.config.stage}, {len(buckets)} buckets")
+        return draft.with_note(f"zero: stage {self.config.stage}, {len(buckets)} buckets{self._policy()}")
+
+    def _bucket_elements(self, draft: PlanDraft) -> int:
+        """A bucket's size. Whole blocks arrive together where they are compiled: cutting them makes more messages, and none earlier."""
+        element_bytes = ELEMENT_BYTES[draft.config.precision]
+        if self.config.bucket_bytes is not None:
+            return self.config.bucket_bytes // element_bytes
+        blocks = dict.fromkeys(draft.block_names, 0)
+        for layout in draft.layouts.values():
+            if layout.trainable and layout.block in blocks:
+                blocks[layout.block] += layout.numel
+        return max(DEFAULT_BUCKET_BYTES // element_bytes, *blocks.values(), 1)
+
+    def _gathering(self) -> Gathering:
+        prefetch = 1 if self.config.prefetch is None else self.config.prefetch
+        return Gathering(self.config.keep_parameters or "use", prefetch)
+
+    def _policy(self) -> str:
+        sent = f", gradients sent in {self.config.reduce_dtype}" if self.config.reduce_dtype else ""
+        if self.config.stage < 3:
+            return sent
+        gathering = self._gathering()
+        return f"{sent}, parameters gathered for each {gathering.keep}, {gathering.prefetch} blocks ahead"
 
     def estimate(self, table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
-        return estimate_zero(table, profile)
+        return estimate_zero(table, profile, self.config)
 
     def apply(self, model: nn.Module, plan: Plan, context: ApplyContext) -> None:
+        import torch
+
+        from colossal_zero.flat_bucket import Formats
         from colossal_zero.flat_state import FlatState
 
         names = plan.data[self.name]["buckets"]
         assert isinstance(names, list)
         buckets = [Bucket(tuple(bucket)) for bucket in names]
-        sharded = self.config.stage >= 1
+        wire = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.config.reduce_dtype]
+        formats = Formats.of(self.config.stage, context.precision, wire)
         context.parameters = FlatState(
-            plan.layouts, buckets, context.slots, context.precision, context.collectives, sharded=sharded
+            plan.layouts, buckets, context.slots, formats, context.collectives, plan.gathering, plan.units_by_use
         )
 
     def state(self) -> Mapping[str, Any]:
@@ -73,6 +116,12 @@ class ZeroStrategy:
 
     def load(self, state: Mapping[str, Any]) -> None:
         del state
+
+
+def _sharded_though_frozen(layouts: Iterable[ParameterLayout], anatomy: ModelAnatomy) -> list[ParameterLayout]:
+    """Frozen floating parameters: they are kept in the compute dtype. Others (quantized ones) stay whole."""
+    floating = {fact.full_name for fact in anatomy.parameters if fact.dtype.startswith(("float", "bfloat"))}
+    return [layout for layout in layouts if not layout.trainable and layout.full_name in floating]
 
 
 def zero_spec() -> StrategySpec:

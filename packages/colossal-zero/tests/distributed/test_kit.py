@@ -50,7 +50,8 @@ def test_verify_says_what_it_compared(pool: WorkerPool) -> None:
     last = report.describe().splitlines()[-1]
     assert last == f"2 ranks against one process, 5 variants: the same, worst difference {report.worst:.1e}"
     assert {row.kind for row in report.results[0].rows} == {
-        "loss", "num_tokens", "skipped", "grad_norm", "gradient", "parameter", "adamw.step", "adamw.exp_avg", "adamw.exp_avg_sq"
+        "loss", "num_tokens", "skipped", "grad_norm", "gradient", "parameter", "adamw.step", "adamw.exp_avg", "adamw.exp_avg_sq",
+        "step.skipped_steps",
     }  # fmt: skip
 
 

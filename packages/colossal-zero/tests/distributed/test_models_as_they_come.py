@@ -115,7 +115,7 @@ def reentrant_step(collectives: Collectives) -> str:
 
 def test_a_gradient_that_comes_after_its_reduction_is_an_error(pool: WorkerPool) -> None:
     expected = (
-        "the gradient of inner.bias came again after its reduction had started: a part of the model that runs several times is "
+        "the gradient of inner.bias came twice in one backward pass: a part of the model that runs several times is "
         "recomputed by torch.utils.checkpoint with use_reentrant=True, which adds to it each time: set use_reentrant=False"
     )
     assert pool.run(2, reentrant_step) == [expected, expected]

@@ -1,9 +1,10 @@
-"""The decisions of stages 0 and 1 as data: buckets, their flat layout, and who holds what."""
+"""The decisions of every stage as data: buckets, their flat layout, and who holds what."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from hypothesis import strategies as st
 
 from colossal_core.layout import ParameterLayout, Placement, fill_full
 from colossal_core.mesh import MeshLayout
+from colossal_core.plan import Gathering
+from colossal_core.testing import RunSpec
+from colossal_core.testing.models import TinyModel, TinyOptions, TokenBatches
+from colossal_core.testing.parity import prepare
 from colossal_zero.plan import ALIGNMENT, Bucket, assign_buckets, bucket_shape, replicated_layouts, sharded_layouts
 
 NUMELS = st.lists(st.integers(1, 1000), min_size=1, max_size=12)
@@ -57,7 +62,8 @@ def test_a_shard_holds_what_lies_in_its_range_of_the_buffer(numels: list[int], n
 @given(NUMELS, st.integers(1, 3000), st.integers(-1, 11))
 def test_every_trained_parameter_is_in_one_bucket_in_reverse_order(numels: list[int], size: int, frozen: int) -> None:
     layouts = layouts_of(numels, MeshLayout(), frozen=frozen)
-    buckets = assign_buckets(layouts, ["blocks.0", "blocks.1"], size)
+    trained = [layout for layout in layouts.values() if layout.trainable]
+    buckets = assign_buckets(trained, ["blocks.0", "blocks.1"], size)
     names = [name for bucket in buckets for name in bucket.names]
     assert names == [name for name in reversed(layouts) if layouts[name].trainable]
     inside = {"blocks.0", "blocks.1"}
@@ -71,7 +77,7 @@ def test_every_trained_parameter_is_in_one_bucket_in_reverse_order(numels: list[
 def test_sharded_layouts_cover_every_tensor(numels: list[int], sizes: tuple[int, int, int, int, int]) -> None:
     mesh = MeshLayout(sizes)
     layouts = layouts_of(numels, mesh)
-    buckets = assign_buckets(layouts, ["blocks.0"], 1500)
+    buckets = assign_buckets(layouts.values(), ["blocks.0"], 1500)
     for name, layout in sharded_layouts(layouts, buckets, mesh).items():
         truth = torch.arange(1, layout.numel + 1)
         full = torch.zeros_like(truth)
@@ -109,4 +115,40 @@ def test_a_bucket_is_padded_to_whole_aligned_shards(num_shards: int) -> None:
 
 def test_buckets_never_mix_blocks_with_the_rest() -> None:
     layouts = layouts_of([10] * 6, MeshLayout())
-    assert assign_buckets(layouts, ["blocks.0"], 10**6) == (Bucket(("p5", "p4", "p3")), Bucket(("p2", "p1", "p0")))
+    expected = (Bucket(("p5", "p4", "p3")), Bucket(("p2", "p1", "p0")))
+    assert assign_buckets(layouts.values(), ["blocks.0"], 10**6) == expected
+
+
+@given(NUMELS, st.integers(1, 3000))
+def test_whole_blocks_are_one_bucket_each_whatever_their_size(numels: list[int], size: int) -> None:
+    layouts = layouts_of(numels, MeshLayout())
+    buckets = assign_buckets(layouts.values(), ["blocks.0", "blocks.1"], size, whole_blocks=True)
+    units = [{layouts[name].block for name in bucket.names} for bucket in buckets]
+    for block in ("blocks.0", "blocks.1"):
+        assert [found for found in units if block in found] == [{block}] * any(
+            x.block == block for x in layouts.values()
+        )
+    assert sorted(name for bucket in buckets for name in bucket.names) == sorted(layouts)
+
+
+def test_a_stages_buckets_and_policy_are_in_the_plan() -> None:
+    zero = {"stage": 3, "keep_parameters": "microbatch", "prefetch": 2}
+    config = {"batch": {"global_size": 4}, "precision": "bf16", "parallel": {"zero": {**zero, "reduce_dtype": "bf16"}}}
+    plan = prepare(RunSpec(config, TinyModel(TinyOptions(frozen=True)), TokenBatches(), task="causal-lm"), 2).plan
+    assert plan.gathering == Gathering("microbatch", 2)
+    buckets: Any = plan.data["zero"]["buckets"]
+    assert [len(bucket) for bucket in buckets] == [2, 12, 12, 1, 1]
+    assert buckets[-1] == ["positions.weight"], "frozen parameters have a bucket of their own"
+    expected = (
+        "zero: stage 3, 5 buckets, gradients sent in bf16, parameters gathered for each microbatch, 2 blocks ahead"
+    )
+    assert expected in plan.notes
+    assert all(layout.state.flat is not None for layout in plan.layouts.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_below_stage_3_nothing_is_gathered_in_a_step(stage: int) -> None:
+    config = {"batch": {"global_size": 4}, "parallel": {"zero": {"stage": stage}}}
+    plan = prepare(RunSpec(config, TinyModel(TinyOptions(frozen=True)), TokenBatches(), task="causal-lm"), 2).plan
+    assert plan.gathering == Gathering("always")
+    assert plan.layouts["positions.weight"].state.flat is None, "frozen parameters stay whole"

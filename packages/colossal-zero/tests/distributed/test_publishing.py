@@ -1,0 +1,84 @@
+"""New parameters are sent while the optimizer still updates others, in the order in which the next forward pass needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from colossal_core import moments
+from colossal_core.testing import RunSpec, WorkerPool, compare, table
+from colossal_core.testing.models import TinyModel, TokenBatches
+from colossal_core.testing.parity import oracle_of, share_of_step, start
+from colossal_core.testing.probes import forget_traffic, record, traffic
+
+if TYPE_CHECKING:
+    from colossal_core.collectives import Collectives
+    from colossal_core.testing.parity import RunRecord
+
+
+def spec_of(stage: int) -> RunSpec:
+    zero = {"stage": stage, "bucket_bytes": 9000}
+    config = {"batch": {"global_size": 4, "micro_size": 1}, "precision": "fp64", "parallel": {"zero": zero}}
+    return RunSpec(config, TinyModel(), TokenBatches(), task="causal-lm")
+
+
+@contextmanager
+def portions_of_one() -> Iterator[None]:
+    """Optimizers that are built inside say after every single master that they are done with it."""
+    usual = moments.PORTION_ELEMENTS
+    vars(moments)["PORTION_ELEMENTS"] = 1
+    try:
+        yield
+    finally:
+        vars(moments)["PORTION_ELEMENTS"] = usual
+
+
+def gathered(collectives: Collectives) -> list[str]:
+    return [row.tag for row in traffic(collectives) if row.operation == "all_gather"]
+
+
+def one_by_one(collectives: Collectives, spec: RunSpec) -> RunRecord:
+    """The record of a run with such an optimizer."""
+    with portions_of_one():
+        return record(collectives, spec)
+
+
+def sent_when_published(collectives: Collectives, spec: RunSpec) -> tuple[list[str], list[str], set[str]]:
+    """What the second step had sent when the optimizer was done, and what it sent in all, both in order; what lies outside every block."""
+    with portions_of_one():
+        trained = start(spec, collectives)
+    state = trained._engine.state
+    trained.train_step(share_of_step(spec, trained.plan, collectives.rank, 0))
+    state.wait_published()
+    forget_traffic(collectives)
+    before: list[str] = []
+    publish = state.publish
+
+    def noted() -> None:
+        before.extend(gathered(collectives))
+        publish()
+
+    vars(state)["publish"] = noted
+    trained.train_step(share_of_step(spec, trained.plan, collectives.rank, 1))
+    plan = trained.plan
+    buckets: Any = plan.data["zero"]["buckets"]
+    outside = [index for index, names in enumerate(buckets) if plan.layouts[names[0]].block not in plan.block_names]
+    return before, gathered(collectives), {f"parameter bucket {index}" for index in outside}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parameters_are_sent_while_others_are_updated(pool: WorkerPool, stage: int) -> None:
+    before, everything, outside = pool.run(2, sent_when_published, spec_of(stage))[0]
+    assert before == everything
+    assert len(everything) > len(outside) > 1
+    assert set(everything[: len(outside)]) == outside  # the model asks for these first
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_is_exact(pool: WorkerPool, stage: int) -> None:
+    oracle = pool.run(1, record, oracle_of(spec_of(stage)))[0]
+    rows = compare(pool.run(2, one_by_one, spec_of(stage)), oracle)
+    assert all(row.passed for row in rows), f"\n{table(rows)}"
