@@ -25,13 +25,13 @@ def colossal_strategies() -> Sequence[StrategySpec]:
 
 @hookimpl
 def colossal_ops() -> Sequence[OpImplementation]:
-    from colossal_core.ops.reference import reference_ops
+    from colossal_core.ops.reference import reference_ops, torch_ops
 
-    return reference_ops()
+    return (*reference_ops(), *torch_ops())
 
 
 @hookimpl
 def colossal_optimizers() -> Sequence[OptimizerSpec]:
-    from colossal_core.optimizers import ADAMW, SGD_SPEC
+    from colossal_core.elementwise import ADAMW, SGD_SPEC
 
     return [ADAMW, SGD_SPEC]

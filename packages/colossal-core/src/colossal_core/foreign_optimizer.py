@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from colossal_core.errors import CheckpointError
+from colossal_core.optimizer_state import StateTensor
+from colossal_core.tensor_lists import clipped
+
+if TYPE_CHECKING:
+    from colossal_core.shards import Shard
 
 
 class ForeignOptimizer:
-    """A torch optimizer over this rank's masters. names: full name by id() of each master.
+    """A torch optimizer over this rank's masters. shards: by id() of each master.
 
-    Gradients are handed over as clipped copies, so that `trained.gradients()` still reads the raw ones; a step that must be skipped is
-    skipped on the host, which waits for the device.
+    It reads gradients as torch's optimizers do, from the masters' `.grad`, and finds clipped copies there, so that `trained.gradients()`
+    still reads the raw ones. A step that must be skipped is skipped on the host, which waits for the device.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, Shard]) -> None:
         self.optimizer = optimizer
-        self._names = names
+        self._shards = shards
+        self._names = {key: shard.layout.full_name for key, shard in shards.items()}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -28,21 +34,20 @@ class ForeignOptimizer:
     def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
         if skip is not None and bool(skip):
             return
-        masters = [master for master in self._masters() if master.grad is not None]
-        raw = [cast("torch.Tensor", master.grad) for master in masters]
-        if clip is not None and raw:
-            for master, gradient in zip(masters, torch._foreach_mul(raw, clip), strict=True):
-                master.grad = gradient
+        masters = [master for master in self._masters() if self._shards[id(master)].gradient is not None]
+        raw = [cast("torch.Tensor", self._shards[id(master)].gradient) for master in masters]
+        for master, gradient in zip(masters, clipped(raw, clip), strict=True):
+            master.grad = gradient
         self.optimizer.step()
         for master, gradient in zip(masters, raw, strict=True):
             master.grad = gradient
 
-    def state_tensors(self) -> Iterable[tuple[str, torch.nn.Parameter | None, torch.Tensor]]:
+    def state_tensors(self) -> Iterable[StateTensor]:
         """What there is: none before the first step, which begins with values that only the optimizer knows."""
         for master in self._masters():
             for key, value in self._state_of(master).items():
                 if isinstance(value, torch.Tensor):
-                    yield f"{self._kind}.{key}", master, value
+                    yield StateTensor(f"{self._kind}.{key}", master, value)
 
     def prepare_load(self, saved: Iterable[tuple[str, str]]) -> None:
         """Has state for exactly the parameters that a checkpoint has state of. saved: (kind, full name) of its tensors.

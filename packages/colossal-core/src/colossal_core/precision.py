@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+
+    from colossal_core.config import TrainConfig
 
 PrecisionName = Literal["fp64", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """compute: dtype of the forward and backward pass. master: dtype of master weights, reduced gradients and optimizer states.
+    """compute: dtype of the forward and backward pass. master: dtype of master weights and optimizer states. gradient: dtype in which
+    gradients are accumulated over microbatches and kept once they are reduced.
 
     scaled: whether the loss is scaled dynamically (fp16). throughout: whether every float32 inside the model is lifted to float64
     (fp64, for comparisons: transformers' norms and softmax cast to float32, which would hide anything below 1e-7).
@@ -22,6 +25,7 @@ class Precision:
     name: PrecisionName
     compute: torch.dtype
     master: torch.dtype
+    gradient: torch.dtype
     scaled: bool = False
     throughout: bool = False
 
@@ -31,12 +35,24 @@ def precision(name: str) -> Precision:
     import torch
 
     table = {
-        "fp64": Precision("fp64", torch.float64, torch.float64, throughout=True),
-        "fp32": Precision("fp32", torch.float32, torch.float32),
-        "bf16": Precision("bf16", torch.bfloat16, torch.float32),
-        "fp16": Precision("fp16", torch.float16, torch.float32, scaled=True),
+        "fp64": Precision("fp64", torch.float64, torch.float64, torch.float64, throughout=True),
+        "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
+        "bf16": Precision("bf16", torch.bfloat16, torch.float32, torch.float32),
+        "fp16": Precision("fp16", torch.float16, torch.float32, torch.float32, scaled=True),
     }
     return table[name]
+
+
+def precision_of(config: TrainConfig) -> Precision:
+    """The precision of a run: by its name, and with masters in the compute dtype where bf16 is trained without float32 masters.
+
+    Gradients are still accumulated and reduced in float32 there. fp32 and fp64 keep no other masters anyhow; fp16 refuses it
+    (`optimizer_problems`).
+    """
+    found = precision(config.precision)
+    if found.name == "bf16" and config.optimizer.masters == "compute":
+        return replace(found, master=found.compute)
+    return found
 
 
 class LossScale:

@@ -1,14 +1,19 @@
-"""The reference AdamW step against torch's own optimizer."""
+"""The AdamW step, its reference and the one by torch's fused kernel (which runs on the CPU too), against torch's own optimizer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from colossal_core.ops import adamw as adamw_module
-from colossal_core.ops.reference import AdamWSettings, adamw_step
+from colossal_core import tensor_lists
+from colossal_core.ops import build_op_table
+from colossal_core.ops.reference import AdamWSettings, adamw_step, adamw_step_fused, reference_ops, torch_ops
+
+Step = Callable[..., None]
+STEPS = [adamw_step, adamw_step_fused]
 
 SETTINGS = AdamWSettings(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 SHAPES = [(4, 3), (7,), (), (0,), (2, 2, 2)]
@@ -22,10 +27,11 @@ def draw(step: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("group_elements", [1, 10, 1 << 26])
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("adamw_step", STEPS)
 def test_equals_torchs_adamw_to_the_last_digits(
-    group_elements: int, clipped: bool, with_skip: bool, monkeypatch: pytest.MonkeyPatch
+    adamw_step: Step, group_elements: int, clipped: bool, with_skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adamw_module, "GROUP_ELEMENTS", group_elements)
+    monkeypatch.setattr(tensor_lists, "GROUP_ELEMENTS", group_elements)
     ours = draw(0)
     theirs = [torch.nn.Parameter(tensor.clone()) for tensor in ours]
     oracle = torch.optim.AdamW(theirs, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
@@ -57,7 +63,8 @@ def test_equals_torchs_adamw_to_the_last_digits(
 
 @pytest.mark.parametrize("step", [0, 1, 5])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1.0])
-def test_a_skipped_step_changes_no_bit(step: int, poison: float) -> None:
+@pytest.mark.parametrize("adamw_step", STEPS)
+def test_a_skipped_step_changes_no_bit(adamw_step: Step, step: int, poison: float) -> None:
     params, exp_avgs, exp_avg_sqs = draw(0), draw(1), [tensor.square() for tensor in draw(2)]
     exp_avgs[0].zero_()
     exp_avg_sqs[0].zero_()
@@ -76,7 +83,8 @@ def test_a_skipped_step_changes_no_bit(step: int, poison: float) -> None:
         assert torch.equal(after, old)
 
 
-def test_float32_stays_near_float64() -> None:
+@pytest.mark.parametrize("adamw_step", STEPS)
+def test_float32_stays_near_float64(adamw_step: Step) -> None:
     narrow = [tensor.float() for tensor in draw(0)]
     wide = [tensor.double() for tensor in narrow]
     states = [[torch.zeros_like(p) for p in narrow] for _ in range(2)]
@@ -90,5 +98,15 @@ def test_float32_stays_near_float64() -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
 
 
-def test_no_parameters_is_no_work() -> None:
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "provider"),
+    [("cuda", "bfloat16", "torch_fused"), ("cuda", "float64", "reference"), ("cpu", "float32", "reference")],
+)
+def test_where_torchs_kernel_is_chosen(device_type: str, dtype: str, provider: str) -> None:
+    table = build_op_table((*reference_ops(), *torch_ops()), device_type, dtype)
+    assert table.providers()["adamw_step"] == provider
+
+
+@pytest.mark.parametrize("adamw_step", STEPS)
+def test_no_parameters_is_no_work(adamw_step: Step) -> None:
     adamw_step([], [], [], [], settings=SETTINGS, step=torch.tensor(1))

@@ -1,16 +1,16 @@
-"""Reference AdamW step over lists of tensors. The `torch._foreach_*` names are private to torch; tried on 2.11 and
-2.13.
+"""The AdamW step over lists of tensors: its reference, and the same in one kernel of torch's. The `torch._foreach_*` names are private to
+torch; tried on 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-# Tensors are updated in groups of about this many elements, so that the temporaries stay small beside the states.
-GROUP_ELEMENTS = 1 << 26
+from colossal_core._torch_private import fused_adamw
+from colossal_core.tensor_lists import Tensors, bounded_groups, clipped
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,36 @@ def adamw_step(
     if not params:
         return
     factors = _factors(settings, step, skip, params[0].dtype)
-    factor = None if clip is None else clip.to(params[0].dtype)
-    for group in _groups(params):
-        gradients = list(grads[group])
-        if factor is not None:
-            gradients = list(torch._foreach_mul(gradients, factor))
+    for group, raw, first, second in bounded_groups(params, grads, exp_avgs, exp_avg_sqs):
+        gradients = clipped(raw, clip)
         if skip is not None:
             gradients = [gradient.masked_fill(skip, 0.0) for gradient in gradients]
-        _update(list(params[group]), gradients, list(exp_avgs[group]), list(exp_avg_sqs[group]), settings, factors)
+        _update(group, gradients, first, second, settings, factors)
+
+
+def adamw_step_fused(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    *,
+    settings: AdamWSettings,
+    step: torch.Tensor,
+    clip: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+) -> None:
+    """`adamw_step` by torch's fused kernel: one pass over the states, and before it one over the gradients where they are clipped.
+
+    Clipped gradients are copies, of at most `GROUP_ELEMENTS` at a time: the kernel's own scaling would overwrite the raw ones.
+    """
+    assert len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs), "lists of one length"
+    if not params:
+        return
+    count = step.to(device=params[0].device, dtype=torch.float32).clamp(min=1.0)
+    found_inf = None if skip is None else skip.to(device=params[0].device, dtype=torch.float32)
+    numbers = (settings.lr, settings.beta1, settings.beta2, settings.weight_decay, settings.eps)
+    for group, raw, first, second in bounded_groups(params, grads, exp_avgs, exp_avg_sqs):
+        fused_adamw((group, clipped(raw, clip), first, second), [count] * len(group), numbers, found_inf)
 
 
 def _factors(settings: AdamWSettings, step: torch.Tensor, skip: torch.Tensor | None, dtype: torch.dtype) -> _Factors:
@@ -100,10 +122,10 @@ def _factors(settings: AdamWSettings, step: torch.Tensor, skip: torch.Tensor | N
 
 
 def _update(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
     settings: AdamWSettings,
     factors: _Factors,
 ) -> None:
@@ -120,13 +142,3 @@ def _update(
     torch._foreach_mul_(updates, factors.minus_step_size)
     torch._foreach_mul_(params, factors.keep)
     torch._foreach_add_(params, updates)
-
-
-def _groups(params: Sequence[torch.Tensor]) -> Iterator[slice]:
-    start, elements = 0, 0
-    for index, param in enumerate(params):
-        if index > start and elements + param.numel() > GROUP_ELEMENTS:
-            yield slice(start, index)
-            start, elements = index, 0
-        elements += param.numel()
-    yield slice(start, len(params))

@@ -6,7 +6,7 @@ This is the one place to read the signatures that an implementation of each op i
 
 from __future__ import annotations
 
-from colossal_core.ops.adamw import AdamWSettings, adamw_step
+from colossal_core.ops.adamw import AdamWSettings, adamw_step, adamw_step_fused
 from colossal_core.ops.attention import attention
 from colossal_core.ops.cross_entropy import cross_entropy
 from colossal_core.ops.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +18,7 @@ from colossal_core.ops.table import OpImplementation
 __all__ = [
     "AdamWSettings",
     "adamw_step",
+    "adamw_step_fused",
     "attention",
     "cross_entropy",
     "layer_norm",
@@ -26,7 +27,14 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "torch_ops",
 ]
+
+
+def torch_ops() -> tuple[OpImplementation, ...]:
+    """Kernels of torch's own that do an op in fewer passes than its reference, on CUDA; masters are float32 there under these dtypes."""
+    dtypes = ("float32", "bfloat16", "float16")
+    return (OpImplementation("adamw_step", "torch_fused", adamw_step_fused, ("cuda",), dtypes, priority=1),)
 
 
 def reference_ops() -> tuple[OpImplementation, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 OP_NAMES = (
@@ -47,6 +47,10 @@ class OpTable:
 
     def __getitem__(self, op: str) -> Callable[..., Any]:
         return self.chosen[op].function
+
+    def with_implementation(self, implementation: OpImplementation) -> OpTable:
+        """This table with another implementation of one op."""
+        return replace(self, chosen={**self.chosen, implementation.op: implementation})
 
     def providers(self) -> dict[str, str]:
         """Provider by op, as the plan prints it."""

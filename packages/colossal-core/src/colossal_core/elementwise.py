@@ -1,0 +1,141 @@
+"""Core's own optimizers: AdamW and SGD. Both update every element by itself, so that they run on shards of any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from colossal_core.moments import Moment, Moments
+from colossal_core.ops.adamw import AdamWSettings
+from colossal_core.optimizer_state import StateTensor
+from colossal_core.optimizers import Groups, OptimizerContext, OptimizerSpec, with_defaults
+from colossal_core.tensor_lists import Tensors, assign_unless, bounded_groups, clipped
+
+if TYPE_CHECKING:
+    from colossal_core.config import OptimizerConfig
+
+ADAMW_MOMENTS = (Moment("exp_avg"), Moment("exp_avg_sq", positive=True))
+
+
+class AdamW:
+    """Decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2) through the op `adamw_step`.
+
+    The step count is one 0-d tensor for all parameters, on the device: a skipped step does not advance it.
+    """
+
+    def __init__(self, groups: Groups, config: OptimizerConfig, context: OptimizerContext) -> None:
+        defaults = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        self.param_groups = with_defaults(groups, defaults)
+        self._adamw_step = context.ops["adamw_step"]
+        self._step_count = torch.zeros((), dtype=torch.float32, device=context.device)
+        self._moments = Moments("adamw", ADAMW_MOMENTS, self.param_groups, config, context)
+
+    @torch.no_grad()
+    def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
+        self._step_count.add_(1.0 if skip is None else (~skip).to(self._step_count.dtype))
+        self._moments.begin_step()
+        for index, group in reversed(
+            list(enumerate(self.param_groups))
+        ):  # vectors first: every unit has some, and waits for them
+            settings = AdamWSettings(
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            self._moments.step(index, self._update(settings), clip, skip)
+
+    def _update(self, settings: AdamWSettings) -> Any:
+        def update(
+            masters: Tensors,
+            gradients: Tensors,
+            moments: Sequence[Tensors],
+            clip: torch.Tensor | None,
+            skip: torch.Tensor | None,
+        ) -> None:
+            exp_avgs, exp_avg_sqs = moments
+            self._adamw_step(
+                masters,
+                gradients,
+                exp_avgs,
+                exp_avg_sqs,
+                settings=settings,
+                step=self._step_count,
+                clip=clip,
+                skip=skip,
+            )
+
+        return update
+
+    def state_tensors(self) -> Iterable[StateTensor]:
+        yield StateTensor("adamw.step", None, self._step_count)
+        yield from self._moments.tensors()
+
+
+class SGD:
+    """Stochastic gradient descent with heavy-ball momentum and L2 weight decay, as torch.optim.SGD has it.
+
+    One departure: the momentum buffer starts at zero instead of at the first gradient, so that it can be saved before the first step;
+    with dampening 0 the two are the same.
+    """
+
+    def __init__(self, groups: Groups, config: OptimizerConfig, context: OptimizerContext) -> None:
+        defaults = {"lr": config.lr, "momentum": config.momentum or 0.0, "weight_decay": config.weight_decay}
+        self.param_groups = with_defaults(groups, defaults)
+        self._context = context
+        self._momenta = {
+            id(master): torch.zeros_like(master, requires_grad=False)
+            for group in self.param_groups
+            for master in group["params"]
+            if group["momentum"]
+        }
+
+    @torch.no_grad()
+    def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
+        for group in self.param_groups:
+            masters = [master for master in group["params"] if self._context.gradient(master) is not None]
+            gradients = [gradient for master in masters if (gradient := self._context.gradient(master)) is not None]
+            if not group["momentum"]:
+                for some, raw in bounded_groups(masters, gradients):
+                    self._update(group, some, clipped(raw, clip), skip)
+                continue
+            momenta = [self._momenta[id(master)] for master in masters]
+            for some, raw, buffers in bounded_groups(masters, gradients, momenta):
+                self._update(group, some, clipped(raw, clip), skip, buffers)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        masters: Tensors,
+        update: Tensors,
+        skip: torch.Tensor | None,
+        momenta: Tensors | None = None,
+    ) -> None:
+        if group["weight_decay"]:
+            update = list(torch._foreach_add(update, masters, alpha=group["weight_decay"]))
+        if momenta is not None:
+            update = list(torch._foreach_add(torch._foreach_mul(momenta, group["momentum"]), update))
+            assign_unless(skip, momenta, update)
+        assign_unless(skip, masters, torch._foreach_add(masters, update, alpha=-group["lr"]))
+
+    def state_tensors(self) -> Iterable[StateTensor]:
+        for group in self.param_groups:
+            for master in group["params"] if group["momentum"] else ():
+                yield StateTensor("sgd.momentum", master, self._momenta[id(master)])
+
+
+ADAMW = OptimizerSpec(
+    "adamw",
+    AdamW,
+    state_elements=lambda config: 2,
+    keys=("lr", "betas", "eps", "weight_decay", "no_decay", "states", "masters"),
+)
+SGD_SPEC = OptimizerSpec(
+    "sgd",
+    SGD,
+    state_elements=lambda config: int(bool(config.momentum)),
+    keys=("lr", "momentum", "weight_decay", "no_decay"),
+)
