@@ -46,6 +46,7 @@ class ModelAnatomy:
     chains: the block lists (two for an encoder-decoder). embeddings, heads: module names. parameters: in the order of
     `named_parameters()`. buffers: names of persistent buffers. tied: groups of names that are one tensor.
     attention, experts: names of modules reached through transformers' registered interfaces, empty when there are none.
+    own_loss: the user's `loss_fn` reads the outputs, so that no loss of core's is made.
     batch_statistics: modules in training mode that normalise over the batch (BatchNorm), so that samples depend on one another.
     fused_dropout: modules that draw random numbers inside a fused kernel, so that no mesh-independent key can be given.
     forward_keys: keyword arguments that `forward` takes; None when it takes any. tensor_plan, expert_plan: transformers' own plans as (name
@@ -65,6 +66,7 @@ class ModelAnatomy:
     forward_keys: tuple[str, ...] | None = None
     batch_statistics: tuple[str, ...] = ()
     auxiliary_loss: bool = False
+    own_loss: bool = False
     vocab_size: int | None = None
     num_heads: int | None = None
     num_key_value_heads: int | None = None

@@ -1,4 +1,4 @@
-"""torch.compile of every block by itself, outside whatever recomputation has already put into `block.forward`.
+"""torch.compile of every block by itself, outside whatever recomputation has already put into `block.forward`, and of core's own loss.
 
 Never `Module.compile()`: that would trace the hooks with which later phases gather parameters. Hooks stay outside, and eager.
 """
@@ -14,6 +14,8 @@ from torch import nn
 
 from colossal_core._torch_private import raise_recompile_limit
 from colossal_core.errors import Problem
+from colossal_core.ops.compiled_cross_entropy import compiled_cross_entropy
+from colossal_core.ops.table import OpImplementation
 from colossal_core.recompute import no_blocks
 from colossal_core.strategy import Phase, StrategySpec
 
@@ -25,10 +27,17 @@ if TYPE_CHECKING:
     from colossal_core.plan import Plan, PlanDraft
     from colossal_core.strategy import ApplyContext
 
+LOSS = "cross_entropy"
+"""The op that is core's own loss of a language model."""
+
 
 @dataclass(frozen=True)
 class Compile:
-    """The built-in strategy `compile`. Decisions: `compile` -> block -> backend. No communication."""
+    """The built-in strategy `compile`. Decisions: `compile` -> block -> backend. No communication.
+
+    Core's own cross-entropy is compiled too, in place of the reference: eager, it is about 3 % of a GPT-2 1.5B step. A faster
+    implementation of a plugin, a model's own loss and a user's `loss_fn` are left as they are.
+    """
 
     config: CompileConfig
     name: str = field(default="compile", init=False)
@@ -52,7 +61,15 @@ class Compile:
         return problems
 
     def plan(self, draft: PlanDraft, anatomy: ModelAnatomy) -> PlanDraft:
-        return draft.with_decisions("compile", dict.fromkeys(anatomy.blocks, self.config.backend))
+        draft = draft.with_decisions("compile", dict.fromkeys(anatomy.blocks, self.config.backend))
+        if anatomy.task == "own-loss" or anatomy.own_loss or draft.ops.get(LOSS) != "reference":
+            return draft
+        return draft.with_op(LOSS, self._provider).with_note(f"loss: compiled ({self.config.backend})")
+
+    @property
+    def _provider(self) -> str:
+        """What the plan says of an op that this strategy compiles."""
+        return f"compiled ({self.config.backend})"
 
     def estimate(self, table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
         """Unchanged: what fusion saves is in the measured rates of the profile, not in a formula."""
@@ -60,13 +77,15 @@ class Compile:
         return table
 
     def apply(self, model: nn.Module, plan: Plan, context: ApplyContext) -> None:
-        del context
         decisions = plan.decisions.get("compile", {})
         raise_recompile_limit(len(decisions))
         for name, backend in decisions.items():
             block = model.get_submodule(name)
             compiled = torch.compile(block.forward, backend=backend, dynamic=self.config.dynamic, fullgraph=False)
             vars(block)["forward"] = compiled
+        if plan.ops.get(LOSS) == self._provider:
+            function = compiled_cross_entropy(self.config.backend, dynamic=self.config.dynamic)
+            context.ops = context.ops.with_implementation(OpImplementation(LOSS, self._provider, function))
 
     def state(self) -> Mapping[str, Any]:
         return {}

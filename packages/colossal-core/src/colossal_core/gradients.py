@@ -48,22 +48,20 @@ def local_square_norm(
 ) -> torch.Tensor:
     """Sum of squares of the gradient elements that this rank owns: 0-d, on `device`. The sum over all ranks counts each element once.
 
-    Shards may lie on other devices (offload).
+    Shards may lie on other devices (offload). One pass over all gradients of a device, in a few launches whatever their number.
     """
-    owned = [
-        shard.gradient
-        for shard in _trained(state)
-        if shard.layout.state.owns(coordinate) and shard.gradient is not None
-    ]
     by_device: defaultdict[torch.device, list[torch.Tensor]] = defaultdict(list)
-    for gradient in owned:
-        if gradient.numel():
+    for shard in _trained(state):
+        gradient = shard.gradient
+        if gradient is not None and gradient.numel() and shard.layout.state.owns(coordinate):
             by_device[gradient.device].append(gradient)
-    square = torch.zeros((), dtype=dtype, device=device)
-    for gradients in by_device.values():
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype))
-        square = square + norms.square().sum().to(device)
-    return square
+    squares = [
+        torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype)).square().sum().to(device)
+        for gradients in by_device.values()
+    ]
+    if len(squares) == 1:
+        return squares[0]
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=dtype, device=device)
 
 
 def sum_over_world(values: Sequence[torch.Tensor], collectives: Collectives, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -5,13 +5,16 @@ microbatch's sum of losses is divided by that total before backward; all gradien
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from colossal_core.errors import ColossalError
+from colossal_core.transformers_checks import FirstAnswers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +47,13 @@ class LossOwner:
         self._forward_keys = anatomy.forward_keys
         self._cross_entropy = ops["cross_entropy"]
         self._user_loss = user_loss
+        self._answers = FirstAnswers()
+
+    def with_ops(self, ops: OpTable) -> LossOwner:
+        """The same loss on other kernels."""
+        twin = copy.copy(self)
+        twin._cross_entropy = ops["cross_entropy"]
+        return twin
 
     @property
     def exact_count(self) -> bool:
@@ -85,11 +95,11 @@ class LossOwner:
         Raises: ColossalError when the model gives neither logits nor a loss and there is no `loss_fn`.
         """
         if self._user_loss is not None:
-            outputs = model(**self._inputs(model, batch, with_labels=False))
+            outputs = self._outputs(model, batch, with_labels=False)
             total, items = self._user_loss(outputs, batch)
             return MicrobatchLoss(total, _number(items, total.device))
         if self._task == "own-loss":
-            outputs = model(**self._inputs(model, batch, with_labels=True))
+            outputs = self._outputs(model, batch, with_labels=True)
             mean = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
             if mean is None:
                 message = (
@@ -99,7 +109,7 @@ class LossOwner:
                 raise ColossalError(message)
             items = self.count_items(batch)
             return MicrobatchLoss(mean * items.to(mean.dtype), items)
-        outputs = model(**self._inputs(model, batch, with_labels=False))
+        outputs = self._outputs(model, batch, with_labels=False)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if logits is None:
             message = (
@@ -110,10 +120,19 @@ class LossOwner:
         total, items = self._cross_entropy(logits, batch["labels"])
         return MicrobatchLoss(total, items.to(torch.float64))
 
-    def _inputs(self, model: nn.Module, batch: Batch, *, with_labels: bool) -> dict[str, torch.Tensor]:
-        """The keys that forward takes. A sequence-to-sequence model gets its decoder inputs made from the labels, by its own rule."""
+    def _outputs(self, model: nn.Module, batch: Batch, *, with_labels: bool) -> Any:
+        inputs = self._inputs(model, batch, with_labels=with_labels)
+        with nullcontext() if "position_ids" in inputs else self._answers.remembered(model):
+            return model(**inputs)
+
+    def _inputs(self, model: nn.Module, batch: Batch, *, with_labels: bool) -> dict[str, Any]:
+        """The keys that forward takes. A sequence-to-sequence model gets its decoder inputs made from the labels, by its own rule; a model
+        that would keep keys and values for generation does not.
+        """
         keys = batch.keys() if self._forward_keys is None else [key for key in batch if key in self._forward_keys]
-        inputs = {key: batch[key] for key in keys if with_labels or key != "labels"}
+        inputs: dict[str, Any] = {key: batch[key] for key in keys if with_labels or key != "labels"}
+        if self._forward_keys is not None and "use_cache" in self._forward_keys:
+            inputs.setdefault("use_cache", False)
         if self._task == "seq2seq-lm" and not with_labels and "decoder_input_ids" not in inputs:
             shift: Callable[..., torch.Tensor] = model.get_submodule("").prepare_decoder_input_ids_from_labels  # type: ignore[assignment]
             inputs["decoder_input_ids"] = shift(labels=batch["labels"])

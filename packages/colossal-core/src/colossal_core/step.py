@@ -11,8 +11,9 @@ import torch
 from colossal_core import batch as batches
 from colossal_core.gradients import clip_factor, local_square_norm, scale_gradients, sum_on_shards, sum_over_world
 from colossal_core.loss import LossOwner, MicrobatchLoss
+from colossal_core.mesh import LOSS_AXES
 from colossal_core.modules import evaluation_mode
-from colossal_core.plan import LOSS_AXES, Plan
+from colossal_core.plan import Plan
 from colossal_core.strategy import ApplyContext, StepView
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class StepResult:
     """0-d tensors, the same on every rank; reading one waits for the device.
 
     loss: (sum of losses) / (items) of the global batch. grad_norm: L2 norm before clipping. num_tokens: items of the global batch, int64.
-    skipped: whether the update was left out, because a gradient was not finite or there were no items.
+    skipped: whether the update was left out, because the loss or a gradient was not finite or there were no items.
     """
 
     loss: torch.Tensor
@@ -71,7 +72,8 @@ class StepEngine:
         self.step = 0
         self.loss_scale = loss_scale
         self._counts_loss = context.coordinate["tp"] == 0
-        self._norm_dtype = context.precision.master
+        self._norm_dtype = context.precision.gradient
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=context.device)
 
     def train_step(self, batch: Mapping[str, torch.Tensor]) -> StepResult:
         """One optimizer step on this rank's share of a global batch.
@@ -89,15 +91,16 @@ class StepEngine:
         loss, items, norm = self._finish(losses, divisor)
         view = replace(view, grad_norm=norm, loss=loss, num_tokens=items)
         self.context.hooks.call("gradients_ready", view)
-        skip = ~torch.isfinite(norm) | (items == 0)
+        finite = torch.isfinite(norm)
+        skip = ~(finite & torch.isfinite(loss) & (items > 0))
         clip = self._clip(norm)
         self.set_rates(self.step)
-        self._hand_over_gradients()
         self.context.hooks.call("before_optimizer", view)
         self.optimizer.clipped_step(clip, skip)
         self.state.publish()
         if self.loss_scale is not None:
-            self.loss_scale.update(~torch.isfinite(norm))
+            self.loss_scale.update(~finite)
+        self.skipped_steps += skip
         self.step += 1
         self.context.hooks.call("after_step", replace(view, step=self.step))
         return StepResult(loss, norm, items.to(torch.int64), skip)
@@ -117,7 +120,7 @@ class StepEngine:
     def _dtype_of(self, key: str) -> torch.dtype:
         """Of a floating tensor in the batch: what is only compared with the outputs is not rounded to the compute dtype."""
         precision = self.context.precision
-        return precision.compute if self.loss_owner.is_input(key) else precision.master
+        return precision.compute if self.loss_owner.is_input(key) else precision.gradient
 
     def _total_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Items of the global batch, at least 1: what every microbatch's loss is divided by before backward."""
@@ -131,18 +134,20 @@ class StepEngine:
         """Loss, items and gradient norm of the global batch; gradients are unscaled, and rescaled where the divisor was provisional.
 
         The norm is taken of the gradients as they lie in the shards and rescaled with them: one all-reduce serves all three numbers.
+        Nothing but the norm reads the gradients where the divisor was exact and the loss not scaled.
         """
-        device, dtype = self.context.device, torch.float64
-        square = local_square_norm(self.state, self.context.coordinate, self._norm_dtype, device)
-        loss_sum, items, square = sum_over_world([*self._local_sums(losses), square], self.context.collectives, dtype)
-        factor = torch.ones((), dtype=dtype, device=device)
-        if not self.loss_owner.exact_count:
-            factor = divisor / items.clamp(min=1.0)
+        square = local_square_norm(self.state, self.context.coordinate, self._norm_dtype, self.context.device)
+        loss_sum, items, square = sum_over_world(
+            [*self._local_sums(losses), square], self.context.collectives, torch.float64
+        )
+        counted, norm = items.clamp(min=1.0), square.sqrt()
+        factor = None if self.loss_owner.exact_count else divisor / counted
         if self.loss_scale is not None:
-            factor = factor / self.loss_scale.scale
-        if self.loss_scale is not None or not self.loss_owner.exact_count:
+            factor = (1.0 if factor is None else factor) / self.loss_scale.scale.double()
+        if factor is not None:
             scale_gradients(self.state, factor)
-        return loss_sum / items.clamp(min=1.0), items, (square.sqrt() * factor).to(self._norm_dtype)
+            norm = norm * factor
+        return loss_sum / counted, items, norm.to(self._norm_dtype)
 
     def _local_sums(self, losses: list[MicrobatchLoss]) -> list[torch.Tensor]:
         """Sum of losses and items of this rank's microbatches: 0-d float64. Zero where another rank of `tp` counts them."""
@@ -150,18 +155,13 @@ class StepEngine:
         if not losses or not self._counts_loss:
             return [torch.zeros((), dtype=dtype, device=device)] * 2
         return [
-            torch.stack([loss.sum.to(device, dtype) for loss in losses]).sum(),
-            torch.stack([loss.items.to(device, dtype) for loss in losses]).sum(),
+            torch.stack([loss.sum.to(device) for loss in losses]).sum(dtype=dtype),
+            torch.stack([loss.items.to(device) for loss in losses]).sum(dtype=dtype),
         ]
 
     def _clip(self, norm: torch.Tensor) -> torch.Tensor | None:
         max_norm = self.plan.config.optimizer.max_grad_norm
         return None if max_norm is None else clip_factor(norm, max_norm)
-
-    def _hand_over_gradients(self) -> None:
-        for shard in self.state.shards.values():
-            if shard.layout.trainable:
-                shard.master.grad = shard.gradient
 
     def eval_step(self, batch: Mapping[str, torch.Tensor]) -> EvalResult:
         """Forward pass only, on this rank's share of an evaluation batch (any number of sequences), in evaluation mode."""

@@ -18,7 +18,9 @@ _SMOOTHING = 0.9
 
 @dataclass(frozen=True)
 class StepReport:
-    """The numbers of one step for the line. memory_bytes: peak of this rank's device (0: not known). mfu: None where there is no peak."""
+    """The numbers of one step for the line. memory_bytes: peak of this rank's device (0: not known). mfu: None where there is no peak.
+    skipped_steps: updates left out so far.
+    """
 
     step: int
     loss: float
@@ -26,6 +28,7 @@ class StepReport:
     seconds: float
     memory_bytes: int = 0
     mfu: float | None = None
+    skipped_steps: int = 0
 
 
 class ProgressLine:
@@ -104,6 +107,8 @@ class ProgressLine:
             parts.append(f"MFU {report.mfu:.1%}")
         if report.memory_bytes:
             parts.append(f"{report.memory_bytes / 2**30:.1f} GiB")
+        if report.skipped_steps:
+            parts.append(f"{report.skipped_steps} skipped")
         left = (self._num_steps - report.step) * self._seconds_per_step
         parts.append(f"{duration(left)} left")
         return "  ".join(parts)

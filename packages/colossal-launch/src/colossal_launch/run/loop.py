@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from colossal_core.errors import NonFiniteError
+from colossal_core.gradient_statistics import units_not_finite
+from colossal_launch.gradient_metrics import gradient_metrics
 from colossal_launch.progress import ProgressLine, StepReport
 from colossal_launch.run.evaluation import evaluate
 from colossal_launch.run.job import CHECKPOINT_FOLDER
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from colossal_launch.speed import WorkPerToken
     from colossal_launch.trackers import Metrics, Tracker
 
+
+_MAX_UNITS = 4
+"""Names in a message about gradients."""
 
 STOP_CHECK_STEPS = 10
 """Ranks agree on stopping at every step whose numbers are read, and at least this often."""
@@ -77,6 +82,7 @@ class Run:
             step = self.trained.step
             self._unread.append((step, result))
             since += 1
+            self._report_gradients(step)
             if step % log_every == 0 or step == num_steps:
                 self._report(result, (time.perf_counter() - started) / since)
                 started, since = time.perf_counter(), 0
@@ -123,9 +129,31 @@ class Run:
             what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
             message = (
                 f"step {step}: the {what} is {value}: the update was left out and the run ends here "
-                "(train.non_finite: stop); lower optimizer.lr, or set train.non_finite: skip to go on"
+                f"(train.non_finite: stop); {self._not_finite(step)}"
+                "lower optimizer.lr, or set train.non_finite: skip to go on"
             )
             raise NonFiniteError(message)
+
+    def _not_finite(self, step: int) -> str:
+        """Which gradients are not finite, as a part of the message. They are the last step's, which may be later than the one that failed.
+
+        Collective: the ranks have read the same loss and norm.
+        """
+        units = units_not_finite(self.trained.gradient_statistics())
+        if not units:
+            return ""
+        names = ", ".join(unit or "the model itself" for unit in units[:_MAX_UNITS])
+        more = f" and {len(units) - _MAX_UNITS} more" if len(units) > _MAX_UNITS else ""
+        when = "" if step == self.trained.step else f" at step {self.trained.step}"
+        return f"the gradients of {names}{more} are not finite{when}; "
+
+    def _report_gradients(self, step: int) -> None:
+        """Writes the statistics of this step's gradients where it is time to. Collective."""
+        every = self.config.train.gradient_statistics_every_steps
+        if every and step % every == 0:
+            statistics = self.trained.gradient_statistics()
+            if self.speaks:
+                self._log(step, gradient_metrics(statistics))
 
     def _report(self, result: StepResult, seconds: float) -> None:
         """Shows and writes the numbers of a step."""
@@ -143,13 +171,15 @@ class Run:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "skipped": bool(result.skipped),
+            "skipped_steps": int(self.trained.skipped_steps),
             "memory_bytes": peak_memory_bytes(),
         }
         if mfu is not None:
             metrics["mfu"] = mfu
         self._log(step, metrics)
         if self._line is not None:
-            self._line.show(StepReport(step, loss, tokens, seconds, int(metrics["memory_bytes"]), mfu))
+            memory, skipped = int(metrics["memory_bytes"]), int(metrics["skipped_steps"])
+            self._line.show(StepReport(step, loss, tokens, seconds, memory, mfu, skipped))
 
     def _periodic(self, step: int) -> float:
         """Evaluates and saves where the config says so. Returns the seconds that this took: they are not the step's."""
