@@ -67,6 +67,10 @@ class NonFiniteError(ColossalError):
     """The loss or the gradient norm is not a finite number, and the run's policy is to stop."""
 
 
+class OutOfMemoryError(ColossalError):
+    """An allocation failed. The message says what took the memory, and the smallest change of plan that would fit."""
+
+
 class CommunicationError(ColossalError):
     """A collective failed, timed out, or was called differently on different ranks."""
 

@@ -44,16 +44,16 @@ class KeyedDropoutState:
 
     def __init__(self) -> None:
         self.unkeyed: list[str] = []
-        self._layers: list[_KeyedLayer] = []
+        self._layers: list[KeyedLayer] = []
         self._current: MicrobatchKey | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(layer.name for layer in self._layers)
 
-    def add(self, name: str, number: int) -> _KeyedLayer:
+    def add(self, name: str, number: int) -> KeyedLayer:
         """One more dropout that reads this state."""
-        self._layers.append(_KeyedLayer(self, name, torch.tensor(number, device="cpu")))
+        self._layers.append(KeyedLayer(self, name, torch.tensor(number, device="cpu")))
         return self._layers[-1]
 
     def set(self, seed: int, step: int, sample_ids: torch.Tensor, positions: torch.Tensor | None = None) -> None:
@@ -84,7 +84,7 @@ class KeyedDropoutState:
             self._current = before
 
 
-class _KeyedLayer:
+class KeyedLayer:
     """What one module's dropouts read. number: 0-d int64, its place in `named_modules()`; as a tensor, because compiled blocks that
     differ in a plain number are compiled one by one.
     """
@@ -94,7 +94,7 @@ class _KeyedLayer:
         self.name = name
         self.number = number
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _KeyedLayer:
+    def __deepcopy__(self, memo: dict[int, object]) -> KeyedLayer:
         """A copy of the model reads the same state."""
         return self
 
@@ -159,7 +159,7 @@ def _draws_inside(module: nn.Module) -> bool:
 
 def forward(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
     """A dropout module's new forward. A pickle finds a method by its name, so it has the name of the old one."""
-    return cast(_KeyedLayer, self.keyed_layer).dropout(0, x, self.p, self.training, self.inplace)
+    return cast(KeyedLayer, self.keyed_layer).dropout(0, x, self.p, self.training, self.inplace)
 
 
 def _positions(x: torch.Tensor, current: MicrobatchKey) -> torch.Tensor | None:

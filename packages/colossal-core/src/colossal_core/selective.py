@@ -102,7 +102,11 @@ def trace_block(forward: Callable[[], object], block: nn.Module, inputs: Iterabl
             saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, _identity), torch.enable_grad(), _Recorder() as recorder:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, _identity),
+        torch.enable_grad(),
+        OperationRecorder() as recorder,
+    ):
         outputs = forward()
     del outputs
     return BlockTrace(tuple(recorder.operations), sum(saved.values()), tuple(recorder.counts.items()))
@@ -116,7 +120,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator with a flop formula below autograd: where selective checkpointing will meet it again."""
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ from colossal_core.assemble import gather_full
 from colossal_core.errors import CheckpointError, ColossalError
 from colossal_core.foreign_optimizer import ForeignOptimizer
 from colossal_core.layout import Placement
+from colossal_core.memory_report import memory_told, step_report
 from colossal_core.mesh import WORLD
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from colossal_core.checkpoint import FoundCheckpoint
     from colossal_core.collectives import Collectives
+    from colossal_core.gradient_statistics import GradientStatistics
+    from colossal_core.optimizer_state import StateTensor
     from colossal_core.plan import Plan
     from colossal_core.step import EvalResult, StepEngine, StepResult
     from colossal_core.strategy import RegisteredTensor, Strategy
@@ -66,6 +69,11 @@ class Trained:
         """Finished optimizer steps, skipped ones included."""
         return self._engine.step
 
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        """How many of them left out the update: 0-d int64, the same on every rank; reading it waits for the device. Saved and restored."""
+        return self._engine.skipped_steps.clone()
+
     def strategy(self, name: str) -> Strategy:
         """An active strategy by its name: the way to what a plugin offers beside training."""
         found = next((strategy for strategy in self._strategies if strategy.name == name), None)
@@ -81,14 +89,16 @@ class Trained:
         """
         if not self._engine.model.training:
             self._engine.model.train()
-        result = self._engine.train_step(batch)
+        with memory_told(lambda: step_report(self._engine, self._strategies, batch, training=True)):
+            result = self._engine.train_step(batch)
         for callback in self._callbacks:
             callback(result)
         return result
 
     def eval_step(self, batch: Mapping[str, torch.Tensor]) -> EvalResult:
         """The loss of a batch, without gradients, in evaluation mode."""
-        return self._engine.eval_step(batch)
+        with memory_told(lambda: step_report(self._engine, self._strategies, batch, training=False)):
+            return self._engine.eval_step(batch)
 
     def on_step(self, callback: Callable[[StepResult], None]) -> None:
         """Calls `callback(result)` after every `train_step`, in the order of registration."""
@@ -112,6 +122,19 @@ class Trained:
                 found[name] = gather_full(local, shard.layout.state, self._engine.context.collectives)
         return found
 
+    def gradient_statistics(self) -> Mapping[str, GradientStatistics]:
+        """Norm, largest magnitude, share of zeros and elements that are not finite, of the gradients of the last step (as `gradients` reads
+        them): by unit (block, or module outside every block), and of all together under `"*"`. Frozen parameters are in none.
+
+        Communication: two all-reduces over all ranks, of 24 and 8 bytes a unit.
+        """
+        from colossal_core.gradient_statistics import gradient_statistics
+
+        engine = self._engine
+        return gradient_statistics(
+            engine.state, engine.plan, engine.context.collectives, engine.context.precision.gradient
+        )
+
     def full_parameter(self, name: str) -> torch.Tensor:
         """One whole parameter, in the master dtype. Aliases of a tied parameter are known too."""
         shards = self._engine.state.shards
@@ -124,12 +147,13 @@ class Trained:
 
     def full_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, full name, whole tensor) of everything registered beside the parameters: optimizer states, what plugins keep."""
+        context = self._engine.context
         for tensor in self._tensors():
             if tensor.kind not in ("parameter", "buffer"):
                 yield (
                     tensor.kind,
                     tensor.full_name,
-                    gather_full(tensor.local, tensor.placement, self._engine.context.collectives),
+                    gather_full(tensor.local.to(context.device), tensor.placement, context.collectives),
                 )
 
     def save(self, directory: str | Path) -> Path:
@@ -162,7 +186,12 @@ class Trained:
             self._engine.state.wait_published()  # a gather on its way would overwrite what is read
             if isinstance(self._engine.optimizer, ForeignOptimizer):
                 self._engine.optimizer.prepare_load(found.manifest.by_name)
-            self._restore(load(found.path, self._tensors(), context.collectives), found)
+            states = list(self._engine.optimizer.state_tensors())
+            metadata = load(found.path, self._tensors(states), context.collectives)
+            for state in states:
+                if state.store is not None:
+                    state.store()
+            self._restore(metadata, found)
         return found
 
     def export_hf(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -192,8 +221,8 @@ class Trained:
 
         return loss_difference(self._engine, batch)
 
-    def _tensors(self) -> list[RegisteredTensor]:
-        """Everything that a checkpoint holds: masters, persistent buffers, optimizer states, and what strategies registered."""
+    def _tensors(self, optimizer_states: Sequence[StateTensor] | None = None) -> list[RegisteredTensor]:
+        """Everything that a checkpoint holds: masters, persistent buffers, optimizer states (as given), and what strategies registered."""
         from colossal_core.strategy import RegisteredTensor
 
         engine = self._engine
@@ -206,11 +235,15 @@ class Trained:
             if not isinstance(buffer, torch.nn.Parameter) and isinstance(buffer, torch.Tensor):
                 found.append(RegisteredTensor("buffer", name, buffer, whole.as_replicated(tuple(buffer.shape))))
         by_master = {id(shard.master): shard for shard in engine.state.shards.values()}
-        for kind, master, tensor in engine.optimizer.state_tensors():
-            shard = by_master[id(master)] if master is not None else None
-            same = shard is not None and tensor.shape == shard.master.shape and tensor.dim() > 0
-            placement: Placement = shard.layout.state if same and shard else whole.as_replicated(tuple(tensor.shape))
-            found.append(RegisteredTensor(kind, shard.layout.full_name if shard else "optimizer", tensor, placement))
+        for state in engine.optimizer.state_tensors() if optimizer_states is None else optimizer_states:
+            shard = by_master[id(state.master)] if state.master is not None else None
+            same = shard is not None and state.tensor.shape == shard.master.shape and state.tensor.dim() > 0
+            placement: Placement = (
+                shard.layout.state if same and shard else whole.as_replicated(tuple(state.tensor.shape))
+            )
+            name = shard.layout.full_name if shard else "optimizer"
+            found.append(RegisteredTensor(state.kind, name, state.tensor, state.placement or placement))
+        found.append(RegisteredTensor("step.skipped_steps", "step", engine.skipped_steps, whole.as_replicated(())))
         if engine.loss_scale is not None:
             for kind, tensor in (
                 ("loss_scale.scale", engine.loss_scale.scale),

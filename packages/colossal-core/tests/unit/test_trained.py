@@ -12,10 +12,11 @@ from torch import nn
 
 from colossal_core.anatomy import ModelAnatomy
 from colossal_core.config import TrainConfig
+from colossal_core.elementwise import ADAMW
 from colossal_core.errors import ColossalError, ConfigError
 from colossal_core.loss import LossOwner
 from colossal_core.ops import build_op_table
-from colossal_core.optimizers import ADAMW, optimizer_problems
+from colossal_core.optimizers import optimizer_problems
 from colossal_core.plugins import discover
 from colossal_core.trained import Trained
 
@@ -142,7 +143,7 @@ def test_keys_that_nobody_reads_are_refused() -> None:
     config = TrainConfig.model_validate_json('{"batch": {"global_size": 1}, "optimizer": {"elementwise": true}}')
     problems = optimizer_problems(config, {"adamw": ADAMW})
     assert [str(problem) for problem in problems] == [
-        "optimizer.elementwise: adamw does not read it: remove it; adamw reads lr, betas, eps, weight_decay, no_decay"
+        "optimizer.elementwise: adamw does not read it: remove it; adamw reads lr, betas, eps, weight_decay, no_decay, states, masters"
     ]
 
 

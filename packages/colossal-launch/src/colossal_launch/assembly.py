@@ -34,14 +34,14 @@ class Setup:
 class Assembly:
     """A plan, and everything that `colossal_core.wrap` needs to carry it out.
 
-    optimizer_state_elements: elements of state that the configured optimizer keeps for each trained one.
+    optimizer_state_bytes: bytes of state that the configured optimizer keeps for each trained element.
     """
 
     plan: Plan
     anatomy: ModelAnatomy
     strategies: tuple[Strategy, ...]
     ops: OpTable
-    optimizer_state_elements: int = 2
+    optimizer_state_bytes: float = 8.0
 
 
 def read_setup(source: str | Path | Mapping[str, Any] | TrainConfig, overrides: Sequence[str] = ()) -> Setup:
@@ -79,26 +79,27 @@ def assemble(
     from colossal_core.examine import examine
     from colossal_core.ops import build_op_table
     from colossal_core.plan import make_plan
-    from colossal_core.precision import precision
+    from colossal_core.precision import precision_of
 
     config = setup.config
     problems = list(known_problems)
     if not own_optimizer:
         problems += optimizer_problems(config, setup.plugins.optimizers())
-    anatomy = examine(model, example_batch if example_batch is not None else _configured_batch(config))
+    anatomy = examine(model, example_batch if example_batch is not None else example_batch_of(config))
     if own_loss:
-        anatomy = replace(anatomy, auxiliary_loss=False)
-    dtype = str(precision(config.precision).compute).removeprefix("torch.")
+        anatomy = replace(anatomy, auxiliary_loss=False, own_loss=True)
+    dtype = str(precision_of(config).compute).removeprefix("torch.")
     ops = build_op_table(setup.plugins.ops(), device_type, dtype)
     strategies = setup.plugins.active(config)
     sizes = setup.plugins.axis_sizes(config)
     plan = make_plan(config, anatomy, strategies, sizes, ops, world_size=world_size, known_problems=problems)
     spec = setup.plugins.optimizers().get(config.optimizer.name)
-    elements = spec.state_elements(config.optimizer) if spec is not None else 2
-    return Assembly(plan, anatomy, strategies, ops, elements)
+    master_bytes = precision_of(config).master.itemsize
+    state_bytes = spec.state_bytes(config.optimizer, master_bytes) if spec is not None else 2.0 * master_bytes
+    return Assembly(plan, anatomy, strategies, ops, state_bytes)
 
 
-def _configured_batch(config: TrainConfig) -> Mapping[str, torch.Tensor] | None:
+def example_batch_of(config: TrainConfig) -> Mapping[str, torch.Tensor] | None:
     """The batch of two sequences of `model.example_batch`. The random state is left as it was."""
     if config.model is None or config.model.example_batch is None:
         return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_core.config import TrainConfig
 from colossal_core.errors import ConfigError, Problem
-from colossal_core.plan import DATA_AXES
+from colossal_core.mesh import DATA_AXES
 from colossal_launch import session
 from colossal_launch.assembly import Assembly, assemble, read_setup
 from colossal_launch.data.loader import BatchShare, DistributedLoader, MapDataset
@@ -62,6 +62,7 @@ class Booster:
 
         Communication: fingerprints of the plan are compared over all ranks, then whatever the strategies need.
         """
+        from colossal_core.memory_report import memory_told
         from colossal_core.wrap import Parts, wrap
 
         if self._trained is not None:
@@ -73,12 +74,31 @@ class Booster:
         parts = Parts(optimizer, lr_scheduler, loss_fn, values, HuggingFaceExporter(model, self._tokenizer_file))
         collectives = session.collectives_for(assembly.plan.mesh, device)
         specs = self._setup.plugins.optimizers()
-        self._trained = wrap(
-            model, assembly.plan, assembly.anatomy, assembly.strategies, collectives, assembly.ops, specs, parts
-        )
+        with memory_told(lambda: self._state_report(model, assembly, device)):
+            self._trained = wrap(
+                model, assembly.plan, assembly.anatomy, assembly.strategies, collectives, assembly.ops, specs, parts
+            )
         for number, loader in enumerate(self._loaders):
             self._trained.attach(_loader_name(number), loader)
         return self._trained
+
+    def _state_report(self, model: nn.Module, assembly: Assembly, device: torch.device) -> str:
+        """What takes the memory where it runs out before the first step."""
+        from colossal_core.loss import LossOwner
+        from colossal_core.memory_report import state_report
+        from colossal_core.peak_estimate import PeakEstimator
+
+        loss_owner = LossOwner(assembly.anatomy, assembly.ops, None)
+        estimator = PeakEstimator(
+            model,
+            assembly.plan,
+            assembly.strategies,
+            loss_owner,
+            None,
+            state_bytes=assembly.optimizer_state_bytes,
+            device_type=device.type,
+        )
+        return state_report(estimator, session.rank(), device)
 
     def _device(self) -> torch.device:
         joined = session.joined_device()

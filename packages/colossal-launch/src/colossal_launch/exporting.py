@@ -59,6 +59,6 @@ class HuggingFaceExporter:
 
 
 def _master_dtype(trained: Trained) -> torch.dtype:
-    from colossal_core.precision import precision
+    from colossal_core.precision import precision_of
 
-    return precision(trained.plan.config.precision).master
+    return precision_of(trained.plan.config).master

@@ -237,9 +237,9 @@ def _everyone_owns(trained: Trained) -> None:
 
 
 def _one_step_ahead(trained: Trained) -> None:
-    for kind, _, tensor in trained._engine.optimizer.state_tensors():
-        if kind.endswith(".step"):
-            tensor.add_(1)
+    for state in trained._engine.optimizer.state_tensors():
+        if state.kind.endswith(".step"):
+            state.tensor.add_(1)
 
 
 def _is_sharded(plan: Plan) -> bool:

@@ -15,11 +15,12 @@ import torch
 
 from colossal_core.examine import examine
 from colossal_core.float64 import Float64Throughout
+from colossal_core.mesh import DATA_AXES
 from colossal_core.ops import build_op_table
 from colossal_core.optimizers import OptimizerFactory, optimizer_problems
-from colossal_core.plan import DATA_AXES, Plan, make_plan
+from colossal_core.plan import Plan, make_plan
 from colossal_core.plugins import Plugins, discover
-from colossal_core.precision import precision
+from colossal_core.precision import precision_of
 from colossal_core.strategy import Phase
 from colossal_core.wrap import Parts, wrap
 
@@ -190,7 +191,9 @@ def _prepare(spec: RunSpec, world_size: int) -> tuple[Prepared, Any, Any]:
     anatomy = examine(model, _example(spec))
     if spec.task is not None:
         anatomy = replace(anatomy, task=spec.task)
-    ops = build_op_table(plugins.ops(), "cpu", str(precision(config.precision).compute).removeprefix("torch."))
+    if spec.loss_fn is not None:
+        anatomy = replace(anatomy, own_loss=True)
+    ops = build_op_table(plugins.ops(), "cpu", str(precision_of(config).compute).removeprefix("torch."))
     plan = make_plan(config, anatomy, strategies, axis_sizes, ops, world_size=world_size)
     optimizer = None if spec.optimizer is None else _resolved(spec.optimizer)(model)
     parts = Parts(optimizer=optimizer, loss_fn=None if spec.loss_fn is None else _resolved(spec.loss_fn))

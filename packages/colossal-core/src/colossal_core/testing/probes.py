@@ -12,6 +12,8 @@ from colossal_core.testing.parity import RunRecord, RunSpec, StepRecord, record_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from colossal_core.collectives import Collectives
     from colossal_core.trained import Trained
 
@@ -24,6 +26,7 @@ CORE_TAGS = (
     "random state",
     "checkpoint",
     "gradient shards",
+    "gradient statistics",
     "flag",
     "verify",
 )
@@ -136,13 +139,18 @@ def _state_bytes(trained: Trained) -> dict[str, int]:
     engine = trained._engine
     shards = [shard for shard in engine.state.shards.values() if shard.layout.trainable]
     separate = engine.context.precision.master != engine.context.precision.compute
-    optimizer = sum(tensor.nbytes for _, _, tensor in engine.optimizer.state_tensors() if tensor.dim())
+    optimizer = sum(state.num_bytes for state in engine.optimizer.state_tensors() if state.tensor.dim())
     registered = sum(tensor.local.nbytes for tensor in engine.context.tensors)
     return {
-        "parameter_bytes": sum(shard.parameter.nbytes for shard in shards),
+        "parameter_bytes": sum(shard.parameter.nbytes for shard in shards if _is_there(shard.parameter)),
         "master_bytes": sum(shard.master.nbytes for shard in shards) if separate else 0,
         "optimizer_bytes": optimizer + registered,
     }
+
+
+def _is_there(parameter: torch.Tensor) -> bool:
+    """Whether a compute copy holds memory: one that has been released is a view of a single element."""
+    return parameter.untyped_storage().nbytes() >= parameter.nbytes
 
 
 def owns_state(phase: Phase) -> bool:

@@ -35,7 +35,7 @@ def convert(
 
     from colossal_core.checkpoint import find_latest, read_full
     from colossal_core.collectives import SingleProcess
-    from colossal_core.precision import precision
+    from colossal_core.precision import precision_of
     from colossal_launch.assembly import read_setup
     from colossal_launch.data.preparation import kept_text
     from colossal_launch.models.export import write_hf_folder
@@ -62,7 +62,7 @@ def convert(
         built.config,
         ((name, read_full(found.path, kind, name)) for kind, name in kept),
         target,
-        dtypes.get(dtype, precision(setup.config.precision).master),
+        dtypes.get(dtype, precision_of(setup.config).master),
         architecture=type(built.module).__name__,
         tokenizer_file=text.tokenizer_file,
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +11,9 @@ from colossal_launch.cli.console import say
 from colossal_launch.cli.options import Config, Debug, Overrides
 
 if TYPE_CHECKING:
-    from colossal_core.estimate import EstimateTable, HardwareProfile
+    from torch import nn
+
+    from colossal_core.peak_estimate import PeakEstimator
     from colossal_launch.assembly import Assembly, Setup
 
 
@@ -46,11 +47,12 @@ def plan(
         return 0
     setup = read_setup(config, overrides or [])
     built = build(setup, None, device="cpu")
+    device_type = _device_type(setup)
     assembly = assemble(
-        setup, built.module, world_size=world_size, device_type=_device_type(setup), own_loss=_has_own_loss(setup)
+        setup, built.module, world_size=world_size, device_type=device_type, own_loss=_has_own_loss(setup)
     )
     say(assembly.plan.describe())
-    for line in memory_lines(assembly):
+    for line in memory_lines(assembly, peak_estimator(setup, assembly, built.module, device_type)):
         say(line)
     if layouts:
         for layout in assembly.plan.layouts.values():
@@ -70,74 +72,41 @@ def _device_type(setup: Setup) -> str:
     return choose_device(setup.config.train.device, 0).type
 
 
-def memory_lines(assembly: Assembly) -> list[str]:
-    """Bytes of each kind of state on the fullest rank, by the strategies' closed forms."""
-    found = estimate(assembly)
-    names = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
-    parts = [f"{name.removesuffix('_bytes')} {_bytes(float(found.column(name)[0]))}" for name in names]
-    sent = [f"{axis} {_bytes(float(found.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate")]
+def memory_lines(assembly: Assembly, estimator: PeakEstimator) -> list[str]:
+    """Bytes of each kind on the fullest rank at the peak of a step, and bytes sent."""
+    from colossal_core.memory_report import in_units, peak_lines
+
+    table = estimator.table()
+    sent = [f"{axis} {in_units(int(table.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate")]
     return [
-        f"memory      {', '.join(parts)} a rank, without activations",
+        f"memory      of one rank, {assembly.plan.batch.micro_size} sequences at once, by estimate:",
+        *peak_lines(estimator.estimate()),
         f"sent        {', '.join(sent)} a rank and step",
     ]
 
 
-def estimate(assembly: Assembly) -> Any:
-    """The estimate table of one plan: one row."""
-    import numpy as np
+def peak_estimator(setup: Setup, assembly: Assembly, model: nn.Module, device_type: str) -> PeakEstimator:
+    """What estimates the plan of a config. Its batch is text of the configured length, else that of `model.example_batch`."""
+    import torch
 
-    from colossal_core.estimate import EstimateTable, HardwareProfile, ModelSize
-    from colossal_core.precision import precision
-    from colossal_core.strategy import Phase
+    from colossal_core.loss import LossOwner
+    from colossal_core.peak_estimate import PeakEstimator
+    from colossal_launch.assembly import example_batch_of
+    from colossal_launch.models.building import import_function
 
-    plan, anatomy = assembly.plan, assembly.anatomy
-    chosen = precision(plan.config.precision)
-    trained = sum(layout.numel for layout in plan.layouts.values() if layout.trainable)
-    blocks = [
-        sum(math.prod(fact.shape) for fact in anatomy.parameters if fact.block == block) for block in anatomy.blocks
-    ]
-    size = ModelSize(
-        num_parameters=sum(layout.numel for layout in plan.layouts.values()),
-        num_trainable=trained,
-        num_blocks=len(blocks),
-        block_parameters=max(blocks, default=0),
-        hidden_size=anatomy.hidden_size or 0,
-        sequence_length=plan.config.data.sequence_length if plan.config.data is not None else 0,
-        vocab_size=anatomy.vocab_size or 0,
-        num_heads=anatomy.num_heads or 0,
-        optimizer_state_elements=assembly.optimizer_state_elements,
+    config = setup.config
+    named = config.model.loss if config.model is not None else None
+    loss_fn = import_function(named, "model.loss") if named is not None else None
+    batch = example_batch_of(config)
+    if batch is None and config.data is not None:
+        tokens = torch.empty((1, config.data.sequence_length), dtype=torch.long, device="meta")
+        batch = {"input_ids": tokens, "labels": tokens}
+    return PeakEstimator(
+        model,
+        assembly.plan,
+        assembly.strategies,
+        LossOwner(assembly.anatomy, assembly.ops, loss_fn),
+        batch,
+        state_bytes=assembly.optimizer_state_bytes,
+        device_type=device_type,
     )
-    profile = HardwareProfile(
-        "any", np.inf, np.inf, np.inf, np.inf, 0.0, chosen.compute.itemsize, chosen.master.itemsize
-    )
-    stage = getattr(getattr(plan.config.section("parallel"), "zero", None), "stage", 0)
-    inputs = {axis: np.array([float(plan.mesh.size(axis))]) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
-    inputs |= {"zero_stage": np.array([float(stage)]), "micro_size": np.array([float(plan.batch.micro_size)])}
-    inputs |= {"num_microbatches": np.array([float(plan.batch.num_microbatches)]), "recompute": np.zeros(1)}
-    table = EstimateTable(size, inputs)
-    if all(strategy.phase is not Phase.SHARD_STATE for strategy in assembly.strategies):
-        table = _whole_state(table, profile)
-    for strategy in assembly.strategies:
-        table = strategy.estimate(table, profile)
-    return table
-
-
-def _whole_state(table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
-    """Bytes of a state that no strategy keeps: all of it is on every rank."""
-    import numpy as np
-
-    compute, master = profile.compute_element_bytes, profile.master_element_bytes
-    trained = np.full(1, float(table.model.num_trainable))
-    table = table.adding("parameter_bytes", compute * trained)
-    table = table.adding("gradient_bytes", master * trained)
-    table = table.adding("master_bytes", (master if master != compute else 0) * trained)
-    states = table.model.optimizer_state_elements
-    return table.adding("optimizer_bytes", states * master * trained)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
