@@ -30,6 +30,9 @@ _BACKWARD = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad
 # Here a dtype says how bytes are read, not what a number is rounded to.
 _REINTERPRETS = (torch.Tensor.view, torch.frombuffer, torch.Tensor.set_)
 
+# Experts' products: their kernels know no float64.
+_GROUPED_PRODUCTS = (torch.nn.functional.grouped_mm, torch._grouped_mm)
+
 _TYPES_BY_NAME = {
     "FloatTensor": torch.float64,
     "HalfTensor": torch.float64,
@@ -93,6 +96,8 @@ class Float64Throughout(TorchFunctionMode):
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
         args, kwargs = _with_lifted_dtypes(func, args, kwargs)
+        if func in _GROUPED_PRODUCTS and _is_grouped_in_float64(*args, **kwargs):
+            return _grouped_product(*args, **kwargs)
         result = func(*args, **kwargs)
         if _any_narrow(result) and not _any_narrow((args, kwargs)):
             return _lifted(result)
@@ -112,6 +117,26 @@ class Float64Throughout(TorchFunctionMode):
         inputs = {"inputs": _edges(kwargs["inputs"])} if "inputs" in kwargs else {}
         with self:
             return func(*(_edges(end) for end in args), **{**kwargs, **inputs})
+
+
+def _is_grouped_in_float64(a_ND: torch.Tensor, b_EDF: torch.Tensor, **options: Any) -> bool:
+    """Whether it is the product that experts make: rows in order of their expert, by that expert's matrix."""
+    return a_ND.dtype == torch.float64 and a_ND.dim() == 2 and b_EDF.dim() == 3 and options.get("offs") is not None
+
+
+def _grouped_product(
+    a_ND: torch.Tensor,
+    b_EDF: torch.Tensor,
+    *,
+    offs: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Expert e's rows [offs[e-1], offs[e]) of a, times its matrix: [N, F]. Rows after the last expert's are zero. Waits for the device."""
+    assert bias is None and out_dtype in (None, torch.float64), "no kernel of torch's takes a bias or widens either"
+    stops = [int(stop) for stop in offs.tolist()]
+    parts = [a_ND[start:stop] @ b_EDF[e] for e, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True))]
+    return torch.cat([*parts, a_ND.new_zeros(a_ND.shape[0] - stops[-1], b_EDF.shape[-1])])
 
 
 def _requires_grad(ends: Any) -> bool:

@@ -22,7 +22,7 @@ _MAPPINGS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """Numbers of a transformers-like config; None where it has none."""
+    """Numbers of a transformers-like config; None where it has none, or another for some layers."""
 
     vocab_size: int | None
     hidden_size: int | None
@@ -77,9 +77,13 @@ def _has_output_embeddings(model: nn.Module) -> bool:
 
 
 def _number(config: object, *names: str) -> int | None:
-    """The first of `names` that the config has as an integer."""
+    """The first of `names` that the config has as an integer, the same for every layer."""
     for name in names:
-        value = getattr(config, name, None)
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:
+            # transformers' answer where layers have numbers of their own (Dots 3 has fewer heads in some)
+            continue
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None

@@ -88,6 +88,21 @@ def test_a_forward_that_looks_at_values_is_found_by_structure() -> None:
     assert anatomy.untraced == "RuntimeError: Tensor.item() cannot be called on meta tensors"
 
 
+class Wary(Stack):
+    """Asks what it is given, as transformers' models do of padding tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if 3 in tokens[:, -1] or tokens.eq(3).any():
+            tokens = tokens.clone()
+        return super().forward(tokens)
+
+
+def test_a_forward_that_asks_about_values_is_traced_with_an_answer() -> None:
+    anatomy = examine(Wary([Block(), Block()]), TOKENS)
+    assert anatomy.chains == (BlockChain(("blocks.0", "blocks.1"), "data flow"),)
+    assert anatomy.untraced == ""
+
+
 def test_a_sequential_mlp_is_a_chain_of_its_layers() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     traced = examine(model, {"input": torch.zeros(2, 4)})

@@ -267,3 +267,23 @@ def _loss_moved(model: nn.Module, tokens: torch.Tensor, moves: Sequence[torch.Te
         for parameter, old in zip(model.parameters(), kept, strict=True):
             parameter.copy_(old)
     return loss
+
+
+def test_products_of_experts_are_made_without_their_kernel() -> None:
+    """Experts of unequal numbers of rows, one of none, and rows that belong to nobody; the kernel itself takes no float64."""
+    torch.manual_seed(0)
+    rows, matrices = torch.randn(7, 3, requires_grad=True), torch.randn(3, 3, 2, requires_grad=True)
+    stops = torch.tensor([2, 2, 6], dtype=torch.int32)
+    with Float64Throughout():
+        doubled = rows.to(torch.float64), matrices.to(torch.float64)
+        found = F.grouped_mm(*doubled, offs=stops)
+        found.square().sum().backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        expected = torch.cat(
+            [doubled[0][:2] @ doubled[1][0], doubled[0][2:6] @ doubled[1][2], torch.zeros(1, 2).double()]
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert rows.grad is not None and matrices.grad is not None
+    assert matrices.grad[1].abs().sum() == 0 and rows.grad[6].abs().sum() == 0
+    with pytest.raises(RuntimeError, match="Expected mat_a to be Float32, BFloat16 or Float16 matrix, got Double"):
+        F.grouped_mm(*doubled, offs=stops)

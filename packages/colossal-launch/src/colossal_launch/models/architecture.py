@@ -130,14 +130,19 @@ def _size_problems(config: Any, keys: Mapping[str, Any], vocab_size: int | None)
     text = config.get_text_config()
 
     def size(name: str) -> int | None:
-        value = getattr(text, name, None)
+        try:
+            value = getattr(text, name, None)
+        except RuntimeError:  # transformers' answer where layers have sizes of their own
+            return None
         return value if isinstance(value, int) and value > 0 else None
 
     def written(name: str) -> str:
         return text.attribute_map.get(name, name) if name not in keys else name
 
     hidden, heads, groups = size("hidden_size"), size("num_attention_heads"), size("num_key_value_heads")
-    if hidden and heads and hidden % heads and "head_dim" not in keys:
+    named = {written("hidden_size"), written("num_attention_heads"), "hidden_size", "num_attention_heads"} & set(keys)
+    own_width = any(isinstance(getattr(type(text), key, None), int) for key in ("head_dim", "qk_nope_head_dim"))
+    if hidden and heads and hidden % heads and named and not own_width and "head_dim" not in keys:
         reason = f"{heads} attention heads do not divide it"
         problems.append(Problem(f"model.config.{written('hidden_size')}", reason, f"use a multiple of {heads}", hidden))
     if heads and groups and heads % groups:

@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-SMALL_SIZES: Mapping[str, Any] = {
-    # widths
-    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "word_embed_proj_dim": 64, "embedding_size": 64,
-    # depth
-    "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "num_decoder_layers": 2,
-    "encoder_layers": 2, "decoder_layers": 2,
-    # attention
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "d_kv": 16, "query_pre_attn_scalar": 16,
-    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "qk_head_dim": 32, "v_head_dim": 16,
-    # feed-forward
-    "intermediate_size": 96, "ffn_dim": 96, "n_inner": 96, "d_ff": 96, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "hidden_dim": 96,
-    "ffn_hidden_size": 96,
-    # experts
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 48, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-    # tables
-    "vocab_size": 256, "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128, "sliding_window": 16,
-    # pictures
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
-"""A size by its key. Only keys that a config has are set, and never to more than it had: a size of null or 0 means `not there`."""
+from colossal_launch.models.small_sizes import EXCEPTIONS, SMALL_SIZES
+
+MAX_DEPTH = 4
+"""Layers are two, or as many as there are kinds of them, up to this many."""
 
 _TOKEN_KEYS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
     "decoder_start_token_id",
+    "forced_eos_token_id",
     "sep_token_id",
     "mask_token_id",
     "cls_token_id",
 )
-_BY_LAYER_SUFFIXES = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "attention_types",
-    "no_rope_layers",
-    "sparse_layers",
-)
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_OVERRIDES = "per_layer_config"
+"""transformers' key for what single layers have otherwise, by their number."""
 
 
 def shrink_config(config: Any, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -54,35 +31,67 @@ def shrink_config(config: Any, overrides: Mapping[str, Any] | None = None) -> An
 
     overrides: `model.verify_config`, applied last. Sub-configs (text, vision) are shrunk alike. The argument is not changed.
     """
-    keys = config.to_dict()
-    shrunk = _shrunk_keys(keys)
-    for name in getattr(config, "sub_configs", {}):
-        if isinstance(keys.get(name), Mapping):
-            shrunk[name] = _shrunk_keys(keys[name])
+    shrunk = _shrunk_config(config.to_dict(), config)
     shrunk.update(overrides or {})
     for key in ("transformers_version", "model_type"):
         shrunk.pop(key, None)
     return type(config)(**shrunk)
 
 
+def _shrunk_config(keys: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The small keys of a config, and of those inside it."""
+    shrunk = _shrunk_keys(keys)
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(keys.get(name), Mapping):
+            shrunk[name] = _shrunk_config(keys[name], getattr(config, name, None))
+    shrunk.update(copy.deepcopy(dict(EXCEPTIONS.get(str(keys.get("model_type")), {}))))
+    return shrunk
+
+
 def _shrunk_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     small = copy.deepcopy(dict(keys))
-    for key, size in SMALL_SIZES.items():
-        had = small.get(key)
-        if isinstance(had, int) and not isinstance(had, bool) and had > 0:
-            small[key] = min(had, size)
-    heads = next((small[key] for key in ("num_attention_heads", "n_head", "num_heads", "n_heads") if key in small), 4)
-    if keys.get("num_key_value_heads") is not None:
-        same = keys["num_key_value_heads"] == keys.get("num_attention_heads")
-        small["num_key_value_heads"] = heads if same else min(2, keys["num_key_value_heads"])
+    _keep_some_layers(small)
+    _shrink_sizes(small)
+    for layer in small[_OVERRIDES].values() if isinstance(small.get(_OVERRIDES), dict) else ():
+        _shrink_layer(layer, keys)
     if isinstance(small.get("rope_parameters"), dict):
         small["rope_parameters"] = _shrunk_rope(small["rope_parameters"])
-    _cut_lists(small)
     for key in _TOKEN_KEYS:
         token = small.get(key)
         if isinstance(token, int) and token >= small.get("vocab_size", token + 1):
             small[key] = 0
     return small
+
+
+def _shrink_sizes(keys: dict[str, Any]) -> None:
+    """Sizes, also where they are given layer by layer. The depth is not among them: `_keep_some_layers` has cut it."""
+    ungrouped = keys.get("num_key_value_heads") is not None and keys["num_key_value_heads"] == keys.get(
+        "num_attention_heads"
+    )
+    for key, size in SMALL_SIZES.items():
+        had = keys.get(key)
+        if key not in _DEPTH_KEYS and _is_size(had):
+            keys[key] = min(had, size)
+        elif isinstance(had, list) and had and all(map(_is_size, had)):
+            keys[key] = [min(entry, size) for entry in had]
+    if ungrouped:
+        keys["num_key_value_heads"] = keys["num_attention_heads"]
+
+
+def _shrink_layer(own: dict[str, Any], all_layers: Mapping[str, Any]) -> None:
+    """What one layer has otherwise: twice the small size where it is wider than the others, half of it where it is narrower."""
+    usual = {key: all_layers.get(key) for key in own}
+    had = dict(own)
+    _shrink_sizes(own)
+    for key, value in had.items():
+        if key in SMALL_SIZES and _is_size(value) and _is_size(usual[key]) and value != usual[key]:
+            own[key] = SMALL_SIZES[key] * 2 if value > usual[key] else max(1, SMALL_SIZES[key] // 2)
+    if had.get("num_key_value_heads") is not None and had["num_key_value_heads"] == had.get("num_attention_heads"):
+        own["num_key_value_heads"] = own["num_attention_heads"]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _shrunk_rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -94,15 +103,27 @@ def _shrunk_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {key: _shrunk_rope(value) if isinstance(value, dict) else value for key, value in small.items()}
 
 
-def _cut_lists(keys: dict[str, Any]) -> None:
-    """Lists with an entry a layer keep their first entries, one of each kind among them where two layers allow it."""
-    depth = next((keys[key] for key in _DEPTH_KEYS if isinstance(keys.get(key), int)), None)
+def _keep_some_layers(keys: dict[str, Any]) -> None:
+    """Cuts the depth, and with it every list with an entry a layer: one layer of each kind stays where `MAX_DEPTH` allows it."""
+    depth = next((keys[key] for key in _DEPTH_KEYS if _is_size(keys.get(key))), None)
     if depth is None:
         return
-    for key in _BY_LAYER_SUFFIXES:
-        entries = keys.get(key)
-        if isinstance(entries, list) and len(entries) > depth:
-            kinds = list(dict.fromkeys(map(str, entries)))
-            firsts = sorted(next(i for i, entry in enumerate(entries) if str(entry) == kind) for kind in kinds[:depth])
-            rest = [index for index in range(len(entries)) if index not in firsts]
-            keys[key] = [entries[index] for index in sorted([*firsts, *rest[: depth - len(firsts)]])]
+    lists = {key: entries for key, entries in keys.items() if isinstance(entries, list) and len(entries) == depth}
+    given = keys.get(_OVERRIDES)
+    overrides = {int(layer): own for layer, own in given.items()} if isinstance(given, dict) else {}
+    kinds = [
+        str([*(entries[layer] for entries in lists.values()), overrides.get(layer)]) if depth > 2 else str(layer)
+        for layer in range(depth)
+    ]
+    kept = _some_of_each(kinds)
+    keys.update({key: len(kept) for key in _DEPTH_KEYS if _is_size(keys.get(key))})
+    keys.update({key: [entries[layer] for layer in kept] for key, entries in lists.items()})
+    if overrides:
+        keys[_OVERRIDES] = {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
+
+
+def _some_of_each(kinds: Sequence[str]) -> list[int]:
+    """The first layer of each kind, and further ones until there are two (or all that there are), in order."""
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:MAX_DEPTH]
+    rest = [layer for layer in range(len(kinds)) if layer not in firsts]
+    return sorted([*firsts, *rest[: max(0, SMALL_SIZES["num_hidden_layers"] - len(firsts))]])
