@@ -283,6 +283,7 @@ def types(session: nox.Session) -> None:
         parts = [part for part in ("src", "tests") if any((folder / part).rglob("*.py"))]
         environment.run("mypy", *configuration, *parts, cwd=folder)
     environment.run("mypy", *configuration, "noxfile.py", "conftest.py", "docs", "tools")
+    environment.run("mypy", *configuration, ".", cwd=ROOT / "benchmarks")
 
 
 @nox.session(python=False)
@@ -313,6 +314,15 @@ def generate(session: nox.Session) -> None:
     environment = shared(session, "docs")
     for script in ("tools/config_reference.py", "docs/make_pictures.py", "tools/works_with.py"):
         environment.run("python", script)
+
+
+@nox.session(python=False, default=False)
+def architectures(session: nox.Session) -> None:
+    """Train every causal LM of transformers, shrunk, beside one process (nightly; about ten minutes on two cores), and write the table.
+
+    Arguments are those of tools/architectures.py: `-- --only llama,gpt2`, `-- --jobs 4` (which goes on with what is not exact yet).
+    """
+    shared(session, "test").run("python", "tools/architectures.py", *(session.posargs or ["--fresh"]))
 
 
 @nox.session(python=False, default=False)

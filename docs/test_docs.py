@@ -77,6 +77,16 @@ def test_readme_table_is_up_to_date() -> None:
     assert readme == works_with.with_table(readme, results), "run nox -s generate"
 
 
+def test_table_of_architectures_is_up_to_date() -> None:
+    """And nothing fails in it without a reason, nor has a reason without failing."""
+    architectures = tool("architectures")
+    results = json.loads(architectures.RESULTS.read_text())
+    reasons = json.loads(architectures.REASONS.read_text())
+    assert architectures.PAGE.read_text() == architectures.page(results, reasons), "run nox -s architectures"
+    left = {row["architecture"] for row in results["rows"] if not architectures.is_exact(row)}
+    assert left == set(reasons)
+
+
 def test_table_of_what_works_with_what() -> None:
     results = [
         {"row": "zero stage 0", "column": "Llama", "shown": "1e-15"},

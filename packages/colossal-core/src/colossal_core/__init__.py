@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from colossal_core.config.tree import TrainConfig
     from colossal_core.errors import CheckpointError, ColossalError, ConfigError, PluginError, Problem
     from colossal_core.estimate import EstimateTable, HardwareProfile
+    from colossal_core.gradient_statistics import GradientStatistics
     from colossal_core.hookspecs import PLUGIN_API, hookimpl
     from colossal_core.layout import ParameterLayout, Piece, Placement
     from colossal_core.mesh import MeshLayout
     from colossal_core.ops.table import OpImplementation, OpTable
-    from colossal_core.optimizers import OptimizerSpec
+    from colossal_core.optimizer_state import StateTensor
+    from colossal_core.optimizers import OptimizerContext, OptimizerSpec
     from colossal_core.plan import Plan, PlanDraft, make_plan
     from colossal_core.plugins import Plugins, discover
     from colossal_core.shards import ParameterState, Shard
@@ -37,12 +39,14 @@ _MODULES = {
     "ConfigError": "errors",
     "EstimateTable": "estimate",
     "EvalResult": "step",
+    "GradientStatistics": "gradient_statistics",
     "Handle": "collectives",
     "HardwareProfile": "estimate",
     "MeshLayout": "mesh",
     "ModelAnatomy": "anatomy",
     "OpImplementation": "ops.table",
     "OpTable": "ops.table",
+    "OptimizerContext": "optimizers",
     "OptimizerSpec": "optimizers",
     "PLUGIN_API": "hookspecs",
     "ParameterFact": "anatomy",
@@ -60,6 +64,7 @@ _MODULES = {
     "Section": "config.sections",
     "Shard": "shards",
     "SingleProcess": "collectives",
+    "StateTensor": "optimizer_state",
     "StepResult": "step",
     "StepView": "strategy",
     "Strategy": "strategy",
@@ -80,12 +85,14 @@ __all__ = [
     "ConfigError",
     "EstimateTable",
     "EvalResult",
+    "GradientStatistics",
     "Handle",
     "HardwareProfile",
     "MeshLayout",
     "ModelAnatomy",
     "OpImplementation",
     "OpTable",
+    "OptimizerContext",
     "OptimizerSpec",
     "ParameterFact",
     "ParameterLayout",
@@ -102,6 +109,7 @@ __all__ = [
     "Section",
     "Shard",
     "SingleProcess",
+    "StateTensor",
     "StepResult",
     "StepView",
     "Strategy",

@@ -179,15 +179,21 @@ CASES = (
         {"COLOSSAL_PLUGINS": "comm"},
     ),
     Case(
-        "stage 2",
-        ("error: parallel.zero.stage=2: stages 2 and 3 are not part of this release of colossal-zero: use 0 or 1\n"),
-        setting("parallel.zero.stage=2"),
+        "parameters kept below stage 3",
+        (
+            "error: parallel.zero.keep_parameters='step': says how parameters are gathered, and stage 2 keeps them whole: "
+            "remove it, or use stage: 3\n"
+        ),
+        setting("parallel.zero.stage=2", "parallel.zero.keep_parameters=step"),
         needs="colossal_zero",
     ),
     Case(
-        "stage 3",
-        ("error: parallel.zero.stage=3: stages 2 and 3 are not part of this release of colossal-zero: use 0 or 1\n"),
-        ("--processes", "2", *setting("parallel.zero.stage=3")),
+        "gradients rounded in fp32",
+        (
+            "error: parallel.zero.reduce_dtype='bf16': would round the gradients of a run in fp32: remove it, or use "
+            "precision: bf16\n"
+        ),
+        ("--processes", "2", *setting("precision=fp32", "parallel.zero.stage=3", "parallel.zero.reduce_dtype=bf16")),
         needs="colossal_zero",
     ),
     Case(
@@ -209,14 +215,17 @@ CASES = (
     ),
     Case(
         "unknown optimizer",
-        "error: optimizer.name='adam': no installed package has this optimizer: use one of adamw, sgd\n",
+        (
+            "error: optimizer.name='adam': no installed package has this optimizer: use one of adafactor, adamw, "
+            "lamb, lars, lion, muon, sgd\n"
+        ),
         setting("optimizer.name=adam"),
     ),
     Case(
         "key of another optimizer",
         (
             "error: optimizer.momentum: adamw does not read it: remove it; adamw reads lr, betas, eps, "
-            "weight_decay, no_decay\n"
+            "weight_decay, no_decay, states, masters\n"
         ),
         setting("optimizer.momentum=0.9"),
     ),
@@ -383,7 +392,8 @@ CASES = (
         "loss that is not a number",
         (
             "error: step 3: the loss is nan: the update was left out and the run ends here "
-            "(train.non_finite: stop); lower optimizer.lr, or set train.non_finite: skip to go on\n"
+            "(train.non_finite: stop); the gradients of embed, layers.0, layers.1, head are not finite; "
+            "lower optimizer.lr, or set train.non_finite: skip to go on\n"
         ),
         setting("model.config.how=nan"),
         status=1,
@@ -392,7 +402,8 @@ CASES = (
         "rate that is too high",
         (
             "error: step 2: the loss is nan: the update was left out and the run ends here "
-            "(train.non_finite: stop); lower optimizer.lr, or set train.non_finite: skip to go on\n"
+            "(train.non_finite: stop); the gradients of embed, layers.0, layers.1, head are not finite; "
+            "lower optimizer.lr, or set train.non_finite: skip to go on\n"
         ),
         setting("optimizer.lr=1.0e+30"),
         status=1,

@@ -70,6 +70,40 @@ def test_a_loss_that_is_not_a_number_is_found_between_the_steps_that_are_logged(
     assert steps(project / "runs/b") == [6, 12]
 
 
+def test_out_of_memory_is_told_with_the_change_that_fits(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del project
+    assert train("model.config.how=memory", "batch.micro_size=8") == 1
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert lines[0].startswith("error: out of memory in step 2 on rank 0: cpu has ")
+    assert lines[1].startswith("parameters ")
+    assert lines[-3].startswith("the smallest change that fits by the estimate: recompute.mode: selective (")
+    assert lines[-1] == "CUDA out of memory. Tried to allocate 1.54 GiB."
+
+
+def test_gradients_are_reported_at_their_interval(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all and of each unit; a step that was left out is in the total, and its gradients are no numbers."""
+    assert train("train.gradient_statistics_every_steps=3", "train.non_finite=skip", "model.config.how=nan") == 0
+    lines = [json.loads(line) for line in (project / "runs/a/metrics.jsonl").read_text().splitlines()]
+    (found,) = [line for line in lines if "gradient_norm" in line]
+    names = ("norm", "max_abs", "zero_fraction", "non_finite")
+    units = ("embed", "layers.0", "layers.1", "head")
+    assert list(found) == [
+        "step",
+        *(f"gradient_{name}{of}" for of in (*(f"/{u}" for u in units), "") for name in names),
+    ]
+    assert (found["step"], found["gradient_norm"], found["gradient_norm/head"]) == (3, None, None)
+    assert found["gradient_non_finite/layers.0"] == 32 * 33
+    assert [line["skipped_steps"] for line in lines if "loss" in line] == [0, 0, 1, 1, 1]
+    assert "step 5/5" in (output := capsys.readouterr().out)
+    assert "1 skipped" in output
+    assert train("train.gradient_statistics_every_steps=2", "checkpoint.directory=runs/b") == 0
+    lines = [json.loads(line) for line in (project / "runs/b/metrics.jsonl").read_text().splitlines()]
+    norms = {line["step"]: line["grad_norm"] for line in lines if "loss" in line}
+    found_norms = {line["step"]: line["gradient_norm"] for line in lines if "gradient_norm" in line}
+    assert list(found_norms) == [2, 4]
+    assert all(norm == pytest.approx(norms[step], rel=1e-6) for step, norm in found_norms.items())
+
+
 def test_a_model_of_other_sizes_does_not_fit_the_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train() == 0
     text = (project / "tiny_model.py").read_text()

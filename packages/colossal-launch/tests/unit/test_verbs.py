@@ -73,7 +73,7 @@ def test_plugins_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
     assert lines[1].split() == ["plugin", "distribution", "version", "contract", "hooks"]
     assert "comm colossal-comm" in re.sub(" +", " ", lines[3])
     assert "strategy recompute: section recompute" in lines
-    assert lines[-1] == "optimizers: adamw, sgd"
+    assert lines[-1] == "optimizers: adafactor, adamw, lamb, lars, lion, muon, sgd"
 
 
 def test_plan_prints_mesh_batch_and_bytes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,9 +83,28 @@ def test_plan_prints_mesh_batch_and_bytes(project: Path, capsys: pytest.CaptureF
     assert facts["model"] == "Tiny: 18,817 parameters, 18,817 trained, 0 tied, 2 blocks"
     assert facts["mesh"] == "one process (1 ranks)"
     assert facts["batch"] == "8 sequences a step: 8 a rank in 4 microbatches of 2"
-    assert facts["memory"] == (
-        "parameter 73.5 KiB, master 0 B, gradient 73.5 KiB, optimizer 147.0 KiB a rank, without activations"
-    )
+    assert facts["memory"] == "of one rank, 2 sequences at once, by estimate:"
+    first = lines.index(f"memory      {facts['memory']}") + 1
+    sizes = {line[2:22].strip(): line[22:].strip() for line in lines[first : first + 10]}
+    assert list(sizes) == [
+        "parameters",
+        "masters",
+        "gradients",
+        "optimizer states",
+        "gathered parameters",
+        "gradient buffers",
+        "activations",
+        "loss and work",
+        "libraries",
+        "peak of a step",
+    ]
+    assert [sizes[kind] for kind in ("parameters", "masters", "gradients", "optimizer states", "activations")] == [
+        "73.5 KiB",
+        "0 B",
+        "73.5 KiB",
+        "147.0 KiB",
+        "44.0 KiB",
+    ]
     assert "  embed.weight [257, 32] compute () state ()" in lines
 
 

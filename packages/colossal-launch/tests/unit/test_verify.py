@@ -92,8 +92,8 @@ def test_the_command(
     assert lines[1] == ("stage 1: DIFFERENT" if mutant else "stage 1: same")
     assert lines[2].split() == ["worst", "difference", "limit", "where"]
     kinds = [line.split()[0] for line in lines[3:-2]]
-    adamw = ["adamw.step", "adamw.exp_avg", "adamw.exp_avg_sq"]
-    assert kinds == ["loss", "num_tokens", "skipped", "grad_norm", "gradient", "parameter", *adamw]
+    states = ["adamw.step", "adamw.exp_avg", "adamw.exp_avg_sq", "step.skipped_steps"]
+    assert kinds == ["loss", "num_tokens", "skipped", "grad_norm", "gradient", "parameter", *states]
     verdict = "different in stage 1" if mutant else r"the same, worst difference \d\.\de-\d\d"
     assert re.fullmatch(f"2 ranks against one process, 1 variants: {verdict}", lines[-1])
 

@@ -79,19 +79,37 @@ class OptimizerConfig(Section):
     """The optimizer. Ignored keys do not exist: beside an optimizer handed to `boost`, only `max_grad_norm` may be set."""
 
     name: str = "adamw"
-    """`adamw`, `sgd`, or the name of an optimizer that an installed plugin contributes."""
+    """`adamw`, `sgd`, or the name of an optimizer that an installed plugin contributes (colossal-zero: `adafactor`, `lamb`, `lars`, `lion`,
+    `muon`)."""
     lr: Annotated[float, Field(gt=0)] = 3.0e-4
     """Peak learning rate."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
+    """Decay rates of the first and second moment (AdamW, LAMB, and Muon's AdamW part). Lion's: of the interpolation and of the momentum,
+    where its authors use 0.9 and 0.99."""
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
-    """AdamW's denominator floor."""
-    momentum: Annotated[float, Field(ge=0)] = 0.0
-    """SGD's momentum."""
+    """Denominator floor (AdamW, LAMB, LARS, and Muon's AdamW part); Adafactor's floor of the root of its second moment."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay rate of the momentum. null: the optimizer's own, 0 for SGD (no momentum), 0.9 for LARS, 0.95 for Muon."""
+    trust_coefficient: Annotated[float, Field(gt=0)] = 1.0e-3
+    """LARS: the size of an update as a share of its parameter's norm, at a rate of 1."""
+    beta2_power: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Adafactor: at step t its second moment decays by 1 - t^-beta2_power."""
+    update_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Adafactor: the largest root mean square of a parameter's update before it is multiplied by the rate."""
+    scale_floor: Annotated[float, Field(gt=0)] = 1.0e-3
+    """Adafactor: the least root mean square that a parameter counts with in the rate, which is relative to it."""
+    adamw_lr: Annotated[float, Field(gt=0)] | None = None
+    """Muon: the peak learning rate of what AdamW updates (embeddings, heads, vectors). null: `lr`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay (AdamW) or L2 penalty (SGD)."""
+    """Decoupled weight decay, times the learning rate; an L2 penalty in SGD and LARS."""
     no_decay: Literal["vectors", "none"] = "vectors"
     """`vectors`: parameters with fewer than two dimensions (norms, biases) are not decayed. `none`: every parameter is."""
+    states: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How moments are kept (AdamW, Lion). `bf16`: rounded stochastically. `int8`: 8 bits with one scale for 256 elements. Under
+    `precision: fp64`, which is for comparisons, they are float64 whatever this says."""
+    masters: Literal["fp32", "compute"] = "fp32"
+    """What the optimizer updates (AdamW, Lion). `compute`: under bf16 the parameters themselves, rounded stochastically, with no float32
+    copy; fp16 refuses it, and under fp32 and fp64 there is no other copy anyhow."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global L2 norm. null: no clipping."""
     elementwise: bool = False
@@ -119,10 +137,10 @@ class RecomputeConfig(Section):
 
 
 class CompileConfig(Section):
-    """torch.compile of every block."""
+    """torch.compile of every block, and of core's own loss."""
 
     enabled: bool = False
-    """Compile each block's forward pass (the model's layers), not the model as a whole."""
+    """Compile each block's forward pass (the model's layers) and core's own cross-entropy, not the model as a whole."""
     backend: str = "inductor"
     """torch.compile's backend: `inductor`, or `aot_eager` and `eager` to look for faults."""
     dynamic: bool = False
@@ -130,8 +148,8 @@ class CompileConfig(Section):
 
 
 class TrainSection(Section):
-    """How long to train and what to report. The keys of evaluation, logging, `non_finite` and `processes` are for `colossal train`: a
-    script has its own loop, in which `result.skipped` says that an update was left out.
+    """How long to train and what to report. The keys of evaluation, logging, statistics, `non_finite` and `processes` are for `colossal
+    train`: a script has its own loop, in which `result.skipped` says that an update was left out.
     """
 
     num_steps: Positive = 100
@@ -142,12 +160,14 @@ class TrainSection(Section):
     """Global batches in one evaluation; fewer where the held-out text is shorter."""
     log_every_steps: Positive = 1
     """Steps between lines of metrics. Reading them waits for the device."""
+    gradient_statistics_every_steps: Count = 0
+    """Steps between statistics of the gradients of each block and of all: norm, largest element, share of zeros, not finite. 0: never."""
     seed: int = 0
     """Seed of initialisation and of every random number in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. `auto`: the accelerator that torch finds, else the CPU."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient norm that is not finite does, beside skipping the update: end the run, or go on. fp16 always goes on."""
+    """What a loss or gradient norm that is not finite does, beside skipping the update: end the run, or go on. A norm in fp16 goes on."""
     processes: Positive | None = None
     """Local workers that `colossal train` starts. null: one for each accelerator, or one."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 180.0
