@@ -103,10 +103,12 @@ def bucket_shape(numels: Sequence[int], num_shards: int) -> BucketShape:
 
 
 def most_in_flight(sent_bytes: Sequence[int]) -> int:
-    """Bytes of transient gradient buffers that exist at once, for the buckets of a rank: two of the usual size, one being reduced while the
-    next is filled, or the largest alone (a table of embeddings is often larger than two blocks).
+    """Bytes of transient gradient buffers that exist at once, for the buckets of a rank: the largest and one of the usual size.
+
+    So one can be reduced while the next is filled, and the largest (a table of embeddings is often larger than two blocks) does not make
+    the blocks behind it wait.
     """
-    return max(*sent_bytes, 2 * sorted(sent_bytes)[len(sent_bytes) // 2]) if sent_bytes else 0
+    return max(sent_bytes) + sorted(sent_bytes)[len(sent_bytes) // 2] if sent_bytes else 0
 
 
 def compute_coordinates(placement: Placement, mesh: MeshLayout) -> list[dict[str, int]]:
