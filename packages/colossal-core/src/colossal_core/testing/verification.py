@@ -71,27 +71,27 @@ class VerifyReport:
 
 
 def default_variants(world_size: int) -> tuple[Variant, ...]:
-    """Stages 0 and 1 with AdamW and with SGD, two microbatches a rank; hybrid sharding where the ranks divide by two; one microbatch.
+    """The run as it is configured, with its own strategies and optimizer; then every stage with AdamW, some with SGD, two microbatches a
+    rank; one microbatch; parameters gathered once a step; hybrid sharding where the ranks divide by two.
 
     Every rank has two sequences a step.
     """
     batch = {"batch": {"global_size": 2 * world_size, "micro_size": 1}}
-    variants = [
-        Variant(
-            f"stage {stage}, {name}, 2 microbatches",
-            {**batch, "parallel.zero": {"stage": stage}, "optimizer": dict(optimizer)},
-        )
-        for stage in (0, 1)
-        for name, optimizer in (("AdamW", ADAMW), ("SGD", SGD))
-    ]
     whole = {"batch": {"global_size": 2 * world_size, "micro_size": 2}}
-    variants.append(
-        Variant("stage 1, AdamW, 1 microbatch", {**whole, "parallel.zero": {"stage": 1}, "optimizer": dict(ADAMW)})
-    )
+
+    def variant(name: str, zero: Mapping[str, Any], optimizer: Mapping[str, Any], cut: Mapping[str, Any]) -> Variant:
+        return Variant(name, {**cut, "parallel.zero": dict(zero), "optimizer": dict(optimizer)})
+
+    variants = [Variant("as configured, 2 microbatches", batch)]
+    variants += [variant(f"stage {stage}, AdamW, 2 microbatches", {"stage": stage}, ADAMW, batch) for stage in range(4)]
+    variants += [variant(f"stage {stage}, SGD, 2 microbatches", {"stage": stage}, SGD, batch) for stage in (0, 1, 3)]
+    variants.append(variant("stage 1, AdamW, 1 microbatch", {"stage": 1}, ADAMW, whole))
+    once = {"stage": 3, "keep_parameters": "step"}
+    variants.append(variant("stage 3 gathered once a step, AdamW, 2 microbatches", once, ADAMW, batch))
     if world_size % 2 == 0 and world_size > 2:
-        hybrid = {"stage": 1, "replicate": 2}
-        name = "stage 1 in 2 copies, AdamW, 2 microbatches"
-        variants.append(Variant(name, {**batch, "parallel.zero": hybrid, "optimizer": dict(ADAMW)}))
+        for stage in (1, 3):
+            hybrid = {"stage": stage, "replicate": 2}
+            variants.append(variant(f"stage {stage} in 2 copies, AdamW, 2 microbatches", hybrid, ADAMW, batch))
     return tuple(variants)
 
 
