@@ -14,7 +14,8 @@ from colossal_core.elementwise import ADAMW, SGD_SPEC
 from colossal_core.errors import ConfigError
 from colossal_core.layout import FlatCut, ParameterLayout, Placement
 from colossal_core.optimizers import build_optimizer
-from colossal_core.plan import PlanDraft, initial_layouts, program_problems
+from colossal_core.plan import PlanDraft, initial_layouts
+from colossal_core.plan_problems import program_problems
 from colossal_core.plugins import discover
 from colossal_core.program import Action, Program, plain_program
 from colossal_core.shards import Shard

@@ -220,6 +220,7 @@ CASES = (
             "lamb, lars, lion, muon, sgd\n"
         ),
         setting("optimizer.name=adam"),
+        needs="colossal_zero",
     ),
     Case(
         "key of another optimizer",
