@@ -318,7 +318,7 @@ def generate(session: nox.Session) -> None:
 
 @nox.session(python=False, default=False)
 def architectures(session: nox.Session) -> None:
-    """Train every causal LM of transformers, shrunk, beside one process (nightly; about ten minutes on two cores), and write the table.
+    """Train every causal LM of transformers, shrunk, beside one process (about ten minutes on two cores), and write the table.
 
     Arguments are those of tools/architectures.py: `-- --only llama,gpt2`, `-- --jobs 4` (which goes on with what is not exact yet).
     """

@@ -27,7 +27,7 @@ REASONS = ROOT / "docs" / "data" / "architectures_left_out.json"
 
 HEAD = """# Every causal language model of transformers
 
-Written by `nox -s architectures`, which runs them all every night.
+Written by `nox -s architectures`, which runs them all.
 
 Each model is built small from its own config and trained for two steps of AdamW with clipping under `parallel.zero`, stages 1 and 3, on two
 processes with two microbatches each. Loss, gradients, their norm, parameters and optimizer states are then those of one process

@@ -36,9 +36,7 @@ class AdamW:
     def clipped_step(self, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
         self._step_count.add_(1.0 if skip is None else (~skip).to(self._step_count.dtype))
         self._moments.begin_step()
-        for index, group in reversed(
-            list(enumerate(self.param_groups))
-        ):  # vectors first: every unit has some, and waits for them
+        for index, group in enumerate(self.param_groups):
             settings = AdamWSettings(
                 lr=group["lr"],
                 beta1=group["betas"][0],

@@ -171,9 +171,10 @@ def _from_config(
         )
     decayed = [s.master for s in shards if section.no_decay == "none" or len(s.layout.shape) >= 2]
     rest = [s.master for s in shards if not (section.no_decay == "none" or len(s.layout.shape) >= 2)]
-    groups: Groups = [{"params": decayed, "decayed": True}] if decayed else []
-    if rest:
-        groups.append({"params": rest, "decayed": False, "weight_decay": 0.0})
+    # Vectors first: they are few, and every unit has some, so that none could be sent before they are updated.
+    groups: Groups = [{"params": rest, "decayed": False, "weight_decay": 0.0}] if rest else []
+    if decayed:
+        groups.append({"params": decayed, "decayed": True})
     seen = OptimizerContext(
         ops=context.ops,
         collectives=context.collectives,

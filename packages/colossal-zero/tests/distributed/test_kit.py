@@ -55,6 +55,14 @@ def test_verify_says_what_it_compared(pool: WorkerPool) -> None:
     }  # fmt: skip
 
 
+def test_verify_compares_a_run_that_sends_in_bf16(pool: WorkerPool) -> None:
+    """What has no meaning in float64 is left out of the comparison, not refused."""
+    run = spec().with_overrides({"precision": "bf16", "parallel.zero.reduce_dtype": "bf16"})
+    report = verify(run, 2, default_variants(2)[:1], pool)
+    assert report.results[0].variant.name == "as configured, 2 microbatches"
+    assert report.passed, report.describe()
+
+
 def test_verify_rejects_a_planted_fault(pool: WorkerPool) -> None:
     report = verify(with_mutant(spec(), "shard-off-by-one"), 2, default_variants(2), pool)
     sharded = [result.variant.name for result in report.results if "stage 0" not in result.variant.name][1:]
