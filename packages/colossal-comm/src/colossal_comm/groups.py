@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from colossal_core.collectives import Handle, ReduceOp, Transfer
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_LEFT = "colossal/left"
+_LEAVING, _LEFT = "colossal/leaving", "colossal/left"
 
 
 class WorkHandle:
@@ -50,11 +50,11 @@ class WorkHandle:
 
 
 class TorchTransport:
-    """Collectives over torch.distributed. store: shared by all ranks."""
+    """Collectives over torch.distributed. store: shared by all ranks; rank 0 may host it."""
 
-    def __init__(self, store: Store, world_size: int, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
         self.store = store
-        self._world_size = world_size
+        self._hosts, self._world_size = rank == 0, world_size
         self._device, self._timeout = device, timeout
         self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
         self._closed = False
@@ -127,23 +127,26 @@ class TorchTransport:
             return
         self._closed = True
         self._groups.clear()
-        self._wait_for_the_others(0.0 if self._failed else grace_seconds)
+        deadline = time.monotonic() + (0.0 if self._failed else grace_seconds)
+        # A rank that leaves at once would break gloo's handshake with one that is still joining.
+        self._count(_LEAVING, self._world_size, deadline)
         dist.destroy_process_group()
+        # The store may live in rank 0, which therefore goes last: the others say here that they ask it nothing more.
+        self._count(_LEFT, self._world_size if self._hosts else 0, deadline)
         del self.store
 
-    def _wait_for_the_others(self, seconds: float) -> None:
-        """Until all ranks are about to leave. A rank that leaves at once would break gloo's handshake with one that is still joining."""
-        deadline = time.monotonic() + seconds
+    def _count(self, key: str, wanted: int, deadline: float) -> None:
+        """Adds this rank to a counter of the store and waits until it stands at `wanted`, or for the deadline."""
         pause = 0.001
         try:
-            arrived = self.store.add(_LEFT, 1)
-            while arrived < self._world_size and time.monotonic() < deadline:
+            arrived = self.store.add(key, 1)
+            while arrived < wanted and time.monotonic() < deadline:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
                 # add(key, 0) reads the counter without blocking on a key that is not there yet.
-                arrived = self.store.add(_LEFT, 0)
+                arrived = self.store.add(key, 0)
         except RuntimeError:
-            return  # the rank that hosts the store has gone, so all have arrived, or it has failed
+            return  # the process that hosts the store has failed
 
     def _mark_failed(self) -> None:
         self._failed = True

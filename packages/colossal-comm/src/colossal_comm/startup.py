@@ -200,7 +200,7 @@ def join(
         raise CommunicationError(
             f"rank {rank} could not connect to the other {mesh.world_size - 1}: {reason}: look at their own messages"
         ) from error
-    transport = TorchTransport(store, mesh.world_size, device, timeout)
+    transport = TorchTransport(store, rank, mesh.world_size, device, timeout)
     wanted = debug_wanted(os.environ) if debug is None else debug
     guard = StoreGuard(store, rank, timeout) if wanted else None
     return RankCollectives(mesh, rank, device, Session(transport, Ledger(), guard))

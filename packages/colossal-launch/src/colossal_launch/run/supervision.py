@@ -14,8 +14,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from colossal_launch.run.stopping import SAME_SIGNAL_SECONDS, STOP_SIGNALS, STOPPED, show_cursor
 
+MISSED_SECONDS = 2.0
+"""From the first failure to SIGTERM for the others, who miss it in a collective and say so by themselves."""
 FAILURE_GRACE_SECONDS = 5.0
-"""From the first failure to SIGKILL for the others, who miss it in a collective and say so by themselves."""
+"""From the first failure to SIGKILL for them."""
 STOP_GRACE_SECONDS = 30.0
 """After a signal: from the first worker that has saved and left to SIGKILL for those who have not."""
 _LOOK_SECONDS = 0.05
@@ -66,7 +68,9 @@ class WorkerSupervisor:
             self.codes = codes
             if set(codes.values()) <= {0, *STOPPED}:
                 self._wait(workers, STOP_GRACE_SECONDS)
-            self._end_all(workers)
+            else:
+                self._wait(workers, MISSED_SECONDS)
+            self._end_all(workers, FAILURE_GRACE_SECONDS - MISSED_SECONDS)
 
     def end(self, workers: Workers, number: int | None) -> None:
         # torch's own handlers stand for a moment before `started` replaces them.
@@ -83,7 +87,7 @@ class WorkerSupervisor:
                 time.sleep(_LOOK_SECONDS)
             self._kill_all(workers)
         elif _running(workers):
-            self._end_all(workers)
+            self._end_all(workers, FAILURE_GRACE_SECONDS)
         self.codes = self.codes or _exit_codes(workers)
 
     def _wait(self, workers: Workers, seconds: float) -> None:
@@ -91,9 +95,9 @@ class WorkerSupervisor:
         while _running(workers) and not self._kill and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)
 
-    def _end_all(self, workers: Workers) -> None:
+    def _end_all(self, workers: Workers, seconds: float) -> None:
         _send(workers, signal.SIGTERM)
-        self._wait(workers, FAILURE_GRACE_SECONDS)
+        self._wait(workers, seconds)
         self._kill_all(workers)
 
     @staticmethod
