@@ -29,14 +29,16 @@ def estimate_zero(table: EstimateTable, profile: HardwareProfile, config: ZeroCo
     | 0     | c (P + F)     | m P, 0 where m = c    | g P       | s P    |
     | 1     | c (P + F)     | m P/n, 0 where m = c  | g P       | s P/n  |
     | 2     | c (P + F)     | m P/n, 0 where m = c  | g P/n     | s P/n  |
-    | 3     | c F/n         | m P/n                 | g P/n     | s P/n  |
+    | 3     | c (F/n + E)   | m P/n                 | g P/n     | s P/n  |
 
-    (Frozen parameters of stage 3 are kept as a shard; it stands with the compute copy.)
+    (Frozen parameters of stage 3 are kept as a shard; it stands with the compute copy. E: elements outside every block and in one block,
+    which are gathered while the optimizer runs and stay until the next step uses them.)
     """
     size = _Sizes(table, profile, config)
     stage, shards = size.stage, size.shards
     compute, master = profile.compute_element_bytes, profile.master_element_bytes
-    kept = np.where(stage == 3, compute * size.frozen / size.ranks, compute * (size.trained + size.frozen))
+    sharded = compute * (size.frozen / size.ranks + size.early)
+    kept = np.where(stage == 3, sharded, compute * (size.trained + size.frozen))
     table = table.adding("parameter_bytes", kept)
     own_master = np.where(stage == 3, float(master), float(master if master != compute else 0))
     table = table.adding("master_bytes", own_master * size.trained / shards)
@@ -56,14 +58,16 @@ class _Sizes:
 
     def __init__(self, table: EstimateTable, profile: HardwareProfile, config: ZeroConfig) -> None:
         model = table.model
-        parts = table.inputs["tp"] * table.inputs["pp"]
+        tensor = table.ranks_of("tp")
+        parts = tensor * table.ranks_of("pp")
         self.stage = table.input("zero_stage", config.stage)
         self.ranks = table.inputs["dp_shard"] * table.inputs["cp"]
         self.shards = np.where(self.stage >= 1, self.ranks, 1.0)
         self.trained, self.frozen = model.num_trainable / parts, model.num_frozen / parts
-        self.block = model.block_parameters / table.inputs["tp"]
-        self.outside = np.minimum(model.num_outside / table.inputs["tp"], self.trained + self.frozen)
-        self.largest = model.largest_parameter / table.inputs["tp"]
+        self.block = model.block_parameters / tensor
+        self.outside = np.minimum(model.num_outside / tensor, self.trained + self.frozen)
+        self.early = np.minimum(self.outside + self.block, self.trained + self.frozen)
+        self.largest = model.largest_parameter / tensor
         self.keep = table.input("keep_parameters", KEEP[config.keep_parameters or "use"])
         self.prefetch = table.input("prefetch", 1 if config.prefetch is None else config.prefetch)
         wire = {None: profile.kept_gradient_bytes, "fp32": 4, "bf16": 2}[config.reduce_dtype]
@@ -77,10 +81,10 @@ class _Sizes:
 
 
 def _gathered(table: EstimateTable, profile: HardwareProfile, size: _Sizes) -> np.ndarray:
-    """Stage 3: the units outside every block and the blocks at work and ahead, or everything where it is kept."""
+    """Stage 3, beside what is gathered early: the blocks ahead of the one at work, or everything where it is kept."""
     everything = size.trained + size.frozen
-    at_once = np.minimum(size.outside + (1 + size.prefetch) * size.block, everything)
-    elements = np.where(size.keep == KEEP["use"], at_once, everything)
+    at_once = np.minimum(size.early + size.prefetch * size.block, everything)
+    elements = np.where(size.keep == KEEP["use"], at_once, everything) - size.early
     found: np.ndarray = np.where(size.stage == 3, profile.compute_element_bytes * elements, 0.0)
     return found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,27 +15,12 @@ from torch import nn
 
 from colossal_core.layout import ParameterLayout, take_local
 from colossal_core.shards import Shard
-from colossal_zero.plan import SHARD_AXES, bucket_shape
+from colossal_zero.formats import Formats, shape_of
+from colossal_zero.plan import SHARD_AXES
 
 if TYPE_CHECKING:
     from colossal_core.collectives import Collectives, Handle
     from colossal_core.modules import ParameterSlots
-    from colossal_core.precision import Precision
-
-
-@dataclass(frozen=True)
-class Formats:
-    """What is kept how. stage: 0 to 3. compute, master, gradient: dtypes of the three buffers; wire: dtype in which gradients are sent."""
-
-    stage: int
-    compute: torch.dtype
-    master: torch.dtype
-    gradient: torch.dtype
-    wire: torch.dtype
-
-    @staticmethod
-    def of(stage: int, precision: Precision, wire: torch.dtype | None) -> Formats:
-        return Formats(stage, precision.compute, precision.master, precision.gradient, wire or precision.gradient)
 
 
 class FlatBucket:
@@ -56,7 +40,9 @@ class FlatBucket:
         slots: ParameterSlots,
         formats: Formats,
         collectives: Collectives,
+        masters: torch.Tensor | None,
     ) -> None:
+        """masters: of `allocate_masters`."""
         self.index = index
         self.layouts = tuple(layouts)
         self.trainable = layouts[0].trainable
@@ -67,16 +53,14 @@ class FlatBucket:
         self._shapes = [layout.compute.local_shape(coordinate, mesh) for layout in layouts]
         self._pieces = [layout.compute.pieces(coordinate, mesh) for layout in layouts]
         self._num_shards = collectives.size(SHARD_AXES)
-        self.shape = bucket_shape([math.prod(shape) for shape in self._shapes], self._num_shards)
+        self.shape = shape_of(layouts, collectives)
         length, width = self.shape.length, self.shape.shard_length
         self._index = collectives.index(SHARD_AXES) if formats.stage else 0
         self._own = slice(self._index * width, (self._index + 1) * width) if formats.stage else slice(0, length)
-        self._kept = self._own.stop - self._own.start
+        self._kept = formats.kept(self.shape)
         self._compute = torch.zeros(length, dtype=formats.compute, device=device)
-        master_dtype = formats.master if self.trainable else formats.compute
-        self._shared = formats.stage < 3 and master_dtype == formats.compute
-        own = self._compute[self._own]
-        self._master = own if self._shared else torch.zeros(self._kept, dtype=master_dtype, device=device)
+        self._shared = masters is None
+        self._master = self._compute[self._own] if masters is None else masters
         self._gradient = self._compute.new_zeros(0)
         if self.trainable:
             kept = length if formats.stage < 2 else self._kept
@@ -160,6 +144,12 @@ class FlatBucket:
         if self._formats.stage and self._num_shards > 1:
             tag = f"parameter bucket {self.index}"
             self._gathering = self._collectives.start_all_gather(self._compute, own, SHARD_AXES, use="gather", tag=tag)
+
+    def refresh(self) -> None:
+        """`start_gather` of the masters as they are now, whatever the compute copy holds."""
+        if self._formats.stage == 3:
+            self.release()
+        self.start_gather()
 
     def wait_gathered(self) -> None:
         if self._gathering is not None:

@@ -21,7 +21,8 @@ import torch
 from colossal_core.errors import ColossalError
 from colossal_core.layout import ParameterLayout
 from colossal_core.shards import Shard
-from colossal_zero.flat_bucket import FlatBucket, Formats
+from colossal_zero.flat_bucket import FlatBucket
+from colossal_zero.formats import Formats, allocate_masters
 from colossal_zero.plan import SHARD_AXES, Bucket, most_in_flight
 from colossal_zero.publication import Publication
 
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class FlatState:
-    """`colossal_core.shards.ParameterState` over flat buckets. units: in the order in which the forward pass asks for them.
+    """`colossal_core.shards.ParameterState` over flat buckets. early: units that the next forward pass can have gathered for it while the
+    optimizer updates others, in the order in which it asks for them.
 
     Stages 0 to 2 keep frozen parameters whole, in the compute dtype, and never send them.
     """
@@ -47,16 +49,18 @@ class FlatState:
         formats: Formats,
         collectives: Collectives,
         gathering: Gathering,
-        units: Sequence[str],
+        early: Sequence[str],
     ) -> None:
         self._collectives = collectives
         self._stage = formats.stage
         self._keeps_for_step = gathering.keep == "step"
         coordinate = collectives.mesh.coordinate(collectives.rank)
         present = [bucket for bucket in buckets if layouts[bucket.names[0]].compute.is_present(coordinate)]
+        members = [[layouts[name] for name in bucket.names] for bucket in present]
+        masters = allocate_masters(members, formats, collectives)
         self._buckets = [
-            FlatBucket(index, [layouts[name] for name in bucket.names], slots, formats, collectives)
-            for index, bucket in enumerate(present)
+            FlatBucket(index, held, slots, formats, collectives, own)
+            for index, (held, own) in enumerate(zip(members, masters, strict=True))
         ]
         self._trained = [bucket for bucket in self._buckets if bucket.trainable]
         self._place = {
@@ -68,8 +72,8 @@ class FlatState:
         for bucket in self._buckets:
             for unit in dict.fromkeys(layout.block for layout in bucket.layouts):
                 self._of_unit.setdefault(unit, []).append(bucket)
-        in_order = [bucket for unit in units for bucket in self._of_unit.get(unit, ())]
-        self._publication = Publication(list(dict.fromkeys(in_order)) if formats.stage < 3 else [])
+        in_order = [bucket for unit in early for bucket in self._of_unit.get(unit, ())]
+        self._publication = Publication(list(dict.fromkeys(in_order)))
         self._shards = {
             name: self._shard(layout, slots, formats, collectives)
             for name, layout in layouts.items()
@@ -132,10 +136,11 @@ class FlatState:
                 if not self._users[bucket.index]:
                     bucket.release()
 
-    def _release_all(self) -> None:
+    def _release_all(self, kept: Sequence[FlatBucket] = ()) -> None:
         for bucket in self._buckets:
             self._users[bucket.index].clear()
-            bucket.release()
+            if bucket not in kept:
+                bucket.release()
 
     def _is_kept(self) -> bool:
         return self._keeps_for_step and not self._is_last
@@ -144,14 +149,24 @@ class FlatState:
         self._publication.updated(masters)
 
     def publish(self) -> None:
-        """Stages 0 to 2 refresh what is left of the compute copy. Stage 3 gathers anew when it is used."""
+        """Stages 0 to 2 refresh what is left of the compute copy. Stage 3 leaves whole what it has gathered while the optimizer was
+        running, frees everything else, and gathers that when it is used.
+
+        What stays does not raise the peak: the same units were whole at the end of the backward pass, beside the same states and
+        gradients and the buffers in which embeddings' gradients were sent. (In place of those Muon has buffers of its own, up to about
+        1.3 GB.) And the peak is higher yet, at the loss, where these units are whole too, beside all activations.
+        """
         if self._stage == 3:
-            self._release_all()
-        self._publication.finish()
+            self._release_all(kept=self._publication.refreshed)
+            self._publication.begin()
+        else:
+            self._publication.finish()
 
     def wait_published(self) -> None:
+        """From here on masters may change in any way (an optimizer, a checkpoint): nothing counts as refreshed that was so before."""
         for bucket in self._buckets:
             bucket.wait_gathered()
+        self._publication.begin()
 
     # --- gradients
 
@@ -160,7 +175,6 @@ class FlatState:
         self._is_last = False
         self._waiting = {}
         self._in_flight.clear()
-        self._publication.begin()
         for bucket in self._trained:
             bucket.begin_step()
 

@@ -33,6 +33,38 @@ class Bucket:
     names: tuple[str, ...]
 
 
+def buckets_of(
+    layouts: Sequence[ParameterLayout],
+    blocks: Sequence[str],
+    bucket_elements: int,
+    mesh: MeshLayout,
+    *,
+    whole_blocks: bool = False,
+) -> tuple[Bucket, ...]:
+    """`assign_buckets`, with a bucket of its own for what other axes cut unevenly: where ranks differ in the size of one member, they would
+    also differ in where the next one begins, and copies of that one must be cut alike.
+    """
+    uneven = {layout.full_name: _unevenness(layout.compute, mesh) for layout in layouts}
+    found = [
+        bucket
+        for kind in dict.fromkeys(uneven.values())
+        for bucket in assign_buckets(
+            [layout for layout in layouts if uneven[layout.full_name] == kind],
+            blocks,
+            bucket_elements,
+            whole_blocks=whole_blocks,
+        )
+    ]
+    place = {layout.full_name: index for index, layout in enumerate(layouts)}
+    return tuple(sorted(found, key=lambda bucket: -place[bucket.names[0]]))
+
+
+def _unevenness(placement: Placement, mesh: MeshLayout) -> tuple[str, ...]:
+    """The axes along which the ranks' parts differ in size; none for a placement whose parts are all alike."""
+    shapes = {placement.local_shape(coordinate, mesh) for coordinate in compute_coordinates(placement, mesh)}
+    return tuple(axis for cut in placement.cuts for axis in cut.axes) if len(shapes) > 1 else ()
+
+
 def assign_buckets(
     layouts: Iterable[ParameterLayout], blocks: Sequence[str], bucket_elements: int, *, whole_blocks: bool = False
 ) -> tuple[Bucket, ...]:

@@ -1,4 +1,4 @@
-"""Stages 0 to 2: carrying new masters into the compute copies, while the optimizer still updates others."""
+"""Carrying new masters into the compute copies, while the optimizer still updates others."""
 
 from __future__ import annotations
 
@@ -25,9 +25,16 @@ class Publication:
         self.begin()
 
     def begin(self) -> None:
-        """Every master is to be updated; also after a step that was broken off."""
+        """Every master is to be updated, and no bucket counts as refreshed: masters may be about to change in whatever way."""
         self._left = deque(self._buckets)
-        self._outdated = {id(shard.master): bucket.index for bucket in self._buckets for shard in bucket.shards}
+        self._outdated = {
+            id(shard.master): bucket.index for bucket in self._buckets if bucket.trainable for shard in bucket.shards
+        }
+
+    @property
+    def refreshed(self) -> Sequence[FlatBucket]:
+        """Those whose compute copies hold what their masters hold since `begin`."""
+        return self._buckets[: len(self._buckets) - len(self._left)]
 
     def updated(self, masters: Sequence[nn.Parameter]) -> None:
         """These masters have their new values."""
@@ -46,4 +53,4 @@ class Publication:
 
 @torch.no_grad()
 def _refresh(bucket: FlatBucket) -> None:
-    bucket.start_gather()
+    bucket.refresh()

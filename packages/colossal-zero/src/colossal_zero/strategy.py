@@ -10,7 +10,7 @@ from colossal_core.plan import Gathering
 from colossal_core.strategy import Phase, StrategySpec
 from colossal_zero.config import ZeroConfig
 from colossal_zero.cost import estimate_zero
-from colossal_zero.plan import DEFAULT_BUCKET_BYTES, Bucket, assign_buckets, replicated_layouts, sharded_layouts
+from colossal_zero.plan import DEFAULT_BUCKET_BYTES, Bucket, buckets_of, replicated_layouts, sharded_layouts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,10 +56,10 @@ class ZeroStrategy:
         elements = self._bucket_elements(draft)
         whole_blocks = self.config.stage >= 2
         trained = [layout for layout in draft.layouts.values() if layout.trainable]
-        buckets = assign_buckets(trained, draft.block_names, elements, whole_blocks=whole_blocks)
+        buckets = buckets_of(trained, draft.block_names, elements, draft.mesh, whole_blocks=whole_blocks)
         if self.config.stage == 3:
             frozen = _sharded_though_frozen(draft.layouts.values(), anatomy)
-            buckets += assign_buckets(frozen, draft.block_names, elements, whole_blocks=True)
+            buckets += buckets_of(frozen, draft.block_names, elements, draft.mesh, whole_blocks=True)
             draft = draft.with_gathering(self._gathering())
         changed = (
             sharded_layouts(draft.layouts, buckets, draft.mesh)
@@ -99,8 +99,8 @@ class ZeroStrategy:
     def apply(self, model: nn.Module, plan: Plan, context: ApplyContext) -> None:
         import torch
 
-        from colossal_zero.flat_bucket import Formats
         from colossal_zero.flat_state import FlatState
+        from colossal_zero.formats import Formats
 
         names = plan.data[self.name]["buckets"]
         assert isinstance(names, list)
@@ -108,8 +108,13 @@ class ZeroStrategy:
         wire = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.config.reduce_dtype]
         formats = Formats.of(self.config.stage, context.precision, wire)
         context.parameters = FlatState(
-            plan.layouts, buckets, context.slots, formats, context.collectives, plan.gathering, plan.units_by_use
+            plan.layouts, buckets, context.slots, formats, context.collectives, plan.gathering, self._early(plan)
         )
+
+    def _early(self, plan: Plan) -> tuple[str, ...]:
+        """Units to be gathered beside the optimizer. Under stage 3 what a step begins with: what is outside the blocks, and the first."""
+        units = plan.units_by_use
+        return units if self.config.stage < 3 else units[: len(units) - len(plan.block_names) + 1]
 
     def state(self) -> Mapping[str, Any]:
         return {}

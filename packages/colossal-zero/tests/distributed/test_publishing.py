@@ -77,7 +77,54 @@ def test_parameters_are_sent_while_others_are_updated(pool: WorkerPool, stage: i
     assert set(everything[: len(outside)]) == outside  # the model asks for these first
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+def gathered_around_publishing(
+    collectives: Collectives, spec: RunSpec
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Gathers between the last reduction and `publish`, in `publish`, and in a forward pass after the step; each bucket's unit."""
+    with portions_of_one():
+        trained = start(spec, collectives)
+    state = trained._engine.state
+    finish_reduce, publish = state.finish_reduce, state.publish
+    found: list[list[str]] = []
+
+    def forget() -> None:
+        finish_reduce()
+        forget_traffic(collectives)
+
+    def noted() -> None:
+        found.append(gathered(collectives))
+        forget_traffic(collectives)
+        publish()
+        found.append(gathered(collectives))
+        forget_traffic(collectives)
+
+    vars(state).update(finish_reduce=forget, publish=noted)
+    share = share_of_step(spec, trained.plan, collectives.rank, 0)
+    trained.train_step(share)
+    trained.eval_step({key: value[:1] for key, value in share.items()})
+    buckets: Any = trained.plan.data["zero"]["buckets"]
+    return found[0], found[1], gathered(collectives), [trained.plan.layouts[names[0]].block for names in buckets]
+
+
+def test_stage_3_gathers_early_what_the_next_pass_begins_with(pool: WorkerPool) -> None:
+    """The units outside every block, then the first block: beside the optimizer, and not again in the next forward pass."""
+    for early, published, evaluated, units in pool.run(2, gathered_around_publishing, spec_of(3)):
+        named = [[units[int(tag.removeprefix("parameter bucket "))] for tag in tags] for tags in (early, evaluated)]
+        assert named == [["tokens", "positions", "norm", "blocks.0"], ["blocks.1"]]
+        assert published == []
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
+def test_optimizers_that_say_nothing_before_they_are_done_have_nothing_gathered_early(
+    pool: WorkerPool, name: str
+) -> None:
+    spec = spec_of(3).with_overrides({"optimizer.name": name})
+    for early, published, evaluated, units in pool.run(2, gathered_around_publishing, spec):
+        assert [*early, *published] == []
+        assert len(evaluated) == len(units)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_is_exact(pool: WorkerPool, stage: int) -> None:
     oracle = pool.run(1, record, oracle_of(spec_of(stage)))[0]
     rows = compare(pool.run(2, one_by_one, spec_of(stage)), oracle)

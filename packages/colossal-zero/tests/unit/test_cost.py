@@ -24,6 +24,7 @@ MODEL = ModelSize(
     largest_parameter=100,
 )
 OUTSIDE = TRAINED + FROZEN - 4 * BLOCK
+EARLY = OUTSIDE + BLOCK
 MIXED = HardwareProfile("any", 1.0, 1.0, 1.0, 1.0, 0.0)
 SAME = HardwareProfile("any", 1.0, 1.0, 1.0, 1.0, 0.0, compute_element_bytes=4)
 PURE = HardwareProfile(
@@ -53,13 +54,13 @@ STATE = ("parameter_bytes", "master_bytes", "gradient_bytes", "optimizer_bytes")
         (0, MIXED, (2400, 4000, 4000, 8000)),
         (1, MIXED, (2400, 1000, 4000, 2000)),
         (2, MIXED, (2400, 1000, 1000, 2000)),
-        (3, MIXED, (100, 1000, 1000, 2000)),
+        (3, MIXED, (100 + 2 * EARLY, 1000, 1000, 2000)),
         (0, SAME, (4800, 0, 4000, 8000)),
         (1, SAME, (4800, 0, 4000, 2000)),
         (2, SAME, (4800, 0, 1000, 2000)),
-        (3, SAME, (200, 1000, 1000, 2000)),
+        (3, SAME, (200 + 4 * EARLY, 1000, 1000, 2000)),
         (1, PURE, (2400, 0, 4000, 1000)),
-        (3, PURE, (100, 500, 1000, 1000)),
+        (3, PURE, (100 + 2 * EARLY, 500, 1000, 1000)),
     ],
 )
 def test_state(stage: int, profile: HardwareProfile, expected: tuple[float, ...]) -> None:
@@ -93,9 +94,9 @@ def test_bytes_sent(section: dict[str, Any], expected: float) -> None:
         ({"stage": 1, "reduce_dtype": "bf16"}, (0, (2 + 2) * TRAINED)),
         ({"stage": 2, "bucket_bytes": 400}, (0, 2 * 4 * 1.25 * BLOCK)),
         ({"stage": 2, "bucket_bytes": 400, "reduce_dtype": "bf16"}, (0, 2 * 2 * 1.25 * BLOCK)),
-        ({"stage": 3, "bucket_bytes": 400}, (2 * (OUTSIDE + 2 * BLOCK), 2 * 4 * 1.25 * BLOCK)),
-        ({"stage": 3, "bucket_bytes": 400, "prefetch": 2}, (2 * (OUTSIDE + 3 * BLOCK), 2 * 4 * 1.25 * BLOCK)),
-        ({"stage": 3, "bucket_bytes": 400, "keep_parameters": "step"}, (2 * 1200, 2 * 4 * 1.25 * BLOCK)),
+        ({"stage": 3, "bucket_bytes": 400}, (2 * BLOCK, 2 * 4 * 1.25 * BLOCK)),
+        ({"stage": 3, "bucket_bytes": 400, "prefetch": 2}, (2 * 2 * BLOCK, 2 * 4 * 1.25 * BLOCK)),
+        ({"stage": 3, "bucket_bytes": 400, "keep_parameters": "step"}, (2 * (1200 - EARLY), 2 * 4 * 1.25 * BLOCK)),
     ],
 )
 def test_buffers(section: dict[str, Any], expected: tuple[float, float]) -> None:

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from colossal_zero.optimizers.ownership import bounded_buckets, owners, step_flops
+from colossal_zero.optimizers.newton_schulz import flops
+from colossal_zero.optimizers.ownership import bounded_buckets, owners
 
 GPT2_XL = [(1600, 4800), (1600, 1600), (1600, 6400), (6400, 1600)] * 48
 ODD = [(7, 5), (100, 3), (40, 40), (41, 39), (2, 2)]
@@ -16,7 +17,7 @@ ODD = [(7, 5), (100, 3), (40, 40), (41, 39), (2, 2)]
 def test_work_is_shared_evenly(num_owners: int) -> None:
     loads = [0] * num_owners
     for shape, owner in zip(GPT2_XL, owners(GPT2_XL, num_owners), strict=True):
-        loads[owner] += step_flops(shape)
+        loads[owner] += flops(shape)
     assert max(loads) <= 1.01 * sum(loads) / num_owners
 
 

@@ -16,6 +16,7 @@ from colossal_core.optimizer_state import StateTensor
 from colossal_core.optimizers import Groups, OptimizerContext, OptimizerSpec, with_defaults
 from colossal_core.tensor_lists import Tensors, assign_unless, clipped
 from colossal_zero.optimizers.copies import CopyExchange
+from colossal_zero.optimizers.newton_schulz import orthogonalise
 from colossal_zero.optimizers.ownership import MatrixExchange, bounded_buckets, owners
 from colossal_zero.optimizers.sums import copied_axes, cut_axes, gradients_of
 
@@ -25,26 +26,9 @@ if TYPE_CHECKING:
     from colossal_core.config import OptimizerConfig
 
 DEFAULT_MOMENTUM = 0.95
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the odd polynomial a x + b x^3 + c x^5, which lifts small singular values fast and leaves all between about 0.7 and 1.2."""
-NUM_STEPS = 5
-NORM_FLOOR = 1e-7
 OWNED_ELEMENTS = 1 << 26
 """Most elements of matrices that an owner gathers at a time (128 MiB in bf16), and as many of its own shards are updated at a time; two
 buckets are on their way at once."""
-
-
-def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Replaces the singular values of each matrix of a batch [k, m, n] by numbers near 1 (Newton-Schulz iteration, quintic)."""
-    a, b, c = COEFFICIENTS
-    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
-    x = x / norms.clamp_(min=NORM_FLOOR).to(x.dtype)
-    for _ in range(NUM_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT.contiguous() if matrices.shape[-2] > matrices.shape[-1] else x
 
 
 def is_hidden_matrix(master: torch.Tensor, context: OptimizerContext) -> bool:
@@ -62,7 +46,7 @@ class Muon:
     The factor gives updates the size of AdamW's, so that one rate serves both; everything else is updated by core's AdamW, at `adamw_lr`.
 
     The momentum is elementwise and stays in shards. Each matrix is orthogonalised whole at one owner among the ranks that hold its shards:
-    the owners share the work evenly, and a matrix is sent once each way, in the dtype of the iteration (bf16 on CUDA; float64 under fp64).
+    the owners share the work evenly, and a matrix is sent once each way (in bf16 on CUDA; in float64 under fp64).
 
     Communication: two all-to-alls over the axes that cut the state for each bucket of matrices, the next bucket's on its way while one is
     computed; a rank sends 2 (n-1)/n of its own shard's elements. Where the state is not cut but copied (stage 0), the copies share the

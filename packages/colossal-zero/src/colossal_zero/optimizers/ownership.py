@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_core.layout import Piece
+from colossal_zero.optimizers.newton_schulz import flops
 
 if TYPE_CHECKING:
     from colossal_core.collectives import Collectives, Handle
     from colossal_core.layout import Coordinate, ParameterLayout
     from colossal_core.mesh import MeshLayout
-
-
-def step_flops(shape: Sequence[int]) -> int:
-    """Multiply-adds of one Newton-Schulz step of a matrix, times two."""
-    short, long = min(shape), max(shape)
-    return 4 * short * short * long + 2 * short**3
 
 
 def owners(shapes: Sequence[Sequence[int]], num_owners: int) -> list[int]:
@@ -33,13 +28,13 @@ def owners(shapes: Sequence[Sequence[int]], num_owners: int) -> list[int]:
     for index in by_falling_cost(shapes):
         owner = min(range(num_owners), key=lambda rank: (loads[rank], rank))
         found[index] = owner
-        loads[owner] += step_flops(shapes[index])
+        loads[owner] += flops(shapes[index])
     return found
 
 
 def by_falling_cost(shapes: Sequence[Sequence[int]]) -> list[int]:
     """Indices of matrices, the costliest first, equal shapes together."""
-    return sorted(range(len(shapes)), key=lambda index: (-step_flops(shapes[index]), tuple(shapes[index]), index))
+    return sorted(range(len(shapes)), key=lambda index: (-flops(shapes[index]), tuple(shapes[index]), index))
 
 
 def bounded_buckets(shapes: Sequence[Sequence[int]], num_owners: int, elements: int) -> Iterator[list[int]]:
