@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from colossal_comm.collectives import RankCollectives
     from colossal_comm.environment import Environment, read_environment
     from colossal_comm.ledger import Ledger, LedgerRow
+    from colossal_comm.silent import silent_rank
     from colossal_comm.simulated import run_simulated
     from colossal_comm.startup import DEFAULT_TIMEOUT, StoreServer, join, leave
 
@@ -26,6 +27,7 @@ __all__ = [
     "leave",
     "read_environment",
     "run_simulated",
+    "silent_rank",
 ]
 
 _MODULES = {
@@ -41,6 +43,7 @@ _MODULES = {
     "leave": "startup",
     "read_environment": "environment",
     "run_simulated": "simulated",
+    "silent_rank": "silent",
 }
 
 

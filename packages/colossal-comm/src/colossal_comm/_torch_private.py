@@ -5,11 +5,13 @@
 - `_new_process_group_helper`: the public `new_group(use_local_synchronization=True)` names a group by the number of groups that this
   rank has made so far, so ranks that belong to different numbers of groups wait for each other under different names for ever. Here the
   name is given. It also sorts the ranks (before 2.13 always); here their order is kept.
+- `group_name`, by which torch's operators on symmetric memory find a group, and the variable that turns multicast off in them.
 - The stores, whose public names in `torch.distributed` its type annotations do not export.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -27,6 +29,8 @@ __all__ = [
     "all_gather_single",
     "new_named_group",
     "reduce_scatter_single",
+    "registered_name",
+    "turn_multicast_off",
 ]
 
 
@@ -67,3 +71,13 @@ def new_named_group(
     )
     world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     return cast(dist.ProcessGroup, group)
+
+
+def registered_name(group: dist.ProcessGroup) -> str:
+    """The name under which torch's own operators find a group of this process."""
+    return str(group.group_name)
+
+
+def turn_multicast_off() -> None:
+    """Keeps symmetric memory from making multicast objects of NVSwitch in this process; torch asks when it allocates for the first time."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"

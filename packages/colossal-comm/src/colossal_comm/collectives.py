@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from colossal_comm import differentiable, staging
+from colossal_comm import differentiable, peers, staging
 from colossal_comm.handle import AllOf, PendingCall, failure
 from colossal_comm.ledger import ring_bytes
 from colossal_comm.transport import Call, Group, Transport
@@ -39,6 +39,11 @@ class RankCollectives:
         self._sizes: dict[str, int] = {axis: mesh.size(axis) for axis in mesh.axis_names}
         self._key = differentiable.register(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of a model sees the same ranks."""
+        del memo
+        return self
+
     def with_mesh(self, mesh: MeshLayout) -> RankCollectives:
         """The same ranks, communicators and ledger, seen through another mesh of the same size (a plan made after joining)."""
         assert mesh.world_size == self.mesh.world_size, f"{mesh} is not a mesh of {self.mesh.world_size} ranks"
@@ -53,6 +58,38 @@ class RankCollectives:
         """As `colossal_comm.leave`."""
         if self._session.transport is not None:
             self._session.transport.close(grace.total_seconds())
+
+    def symmetric_group(self, axes: Axes) -> str:
+        """The name by which torch's operators on symmetric memory (`torch.ops.symm_mem`) find this rank's group over `axes`; "" where they
+        cannot work: one rank, a CPU, simulated ranks, ranks on several machines, GPUs that do not reach one another's memory.
+
+        It is the communicator of use `compute`. Every rank of the group calls it at the same point of the program, and all get a name or
+        none does. NVLink multicast is off in this process afterwards. What those operators send is told by `announce`.
+        Communication: one gather of some hundred bytes a rank. Not in core's protocol: only a plugin that knows torch's operators asks.
+        """
+        if self.size(axes) == 1 or self.device.type != "cuda":
+            return ""
+        facts = self.gather_bytes(peers.own_facts(self.device), axes, tag="symmetric memory")
+        return self._transport().symmetric_group(self._group(axes, "compute")) if peers.reach_each_other(facts) else ""
+
+    def announce(
+        self,
+        operation: Literal["all_gather", "reduce_scatter"],
+        part: torch.Tensor,
+        axes: Axes,
+        *,
+        tag: str = "",
+    ) -> None:
+        """Says that the caller now carries out a collective by itself, over `symmetric_group(axes)`: debug mode compares it between ranks,
+        and the ledger counts it. part: what this rank gives to an all-gather, or what it gets from a reduce-scatter.
+        """
+        size = self.size(axes)
+        if size == 1 or part.numel() == 0:
+            return
+        call = self._call(operation, self._group(axes, "compute"), part, tag, "symmetric memory")
+        if self._session.guard is not None:
+            self._session.guard.check(call)
+        self.ledger.record(call.group.axes, operation, tag, ring_bytes(operation, size, size * part.nbytes))
 
     def size(self, axes: Axes) -> int:
         if isinstance(axes, str):
@@ -250,6 +287,13 @@ class RankCollectives:
             return tensor
         assert tensor.shape[dim] % size == 0, f"dim {dim} of {tuple(tensor.shape)} does not divide by {size}"
         return differentiable.reduce_scatter(tensor, self._key, axes, dim, size, tag)
+
+    def own_range(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:
+        size = self.size(axes)
+        if size == 1:
+            return tensor
+        assert tensor.shape[dim] % size == 0, f"dim {dim} of {tuple(tensor.shape)} does not divide by {size}"
+        return differentiable.own_range(tensor, self._key, axes, dim, size, tag)
 
     def all_to_all(
         self,

@@ -96,11 +96,21 @@ def all_gather(tensor: torch.Tensor, key: str, axes: Axes, dim: int, cotangent: 
 
 def reduce_scatter(tensor: torch.Tensor, key: str, axes: Axes, dim: int, size: int, tag: str) -> torch.Tensor:
     """This rank's range along `dim` of the sum. Backward: an all-gather."""
+    result: torch.Tensor = torch.ops.colossal_comm.reduce_scatter(_stacked(tensor, dim, size), key, _names(axes), tag)
+    return result
+
+
+def own_range(tensor: torch.Tensor, key: str, axes: Axes, dim: int, size: int, tag: str) -> torch.Tensor:
+    """This rank's range along `dim`. Backward: an all-gather."""
+    result: torch.Tensor = torch.ops.colossal_comm.own_range(_stacked(tensor, dim, size), key, _names(axes), tag)
+    return result
+
+
+def _stacked(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The ranges of `dim`, one a rank, as a dim of their own in front."""
     dim %= tensor.ndim
     shape = (*tensor.shape[:dim], size, tensor.shape[dim] // size, *tensor.shape[dim + 1 :])
-    stacked = tensor.reshape(shape).movedim(dim, 0)
-    result: torch.Tensor = torch.ops.colossal_comm.reduce_scatter(stacked, key, _names(axes), tag)
-    return result
+    return tensor.reshape(shape).movedim(dim, 0)
 
 
 def all_to_all(
@@ -242,7 +252,8 @@ def _all_gather_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor
     return operator(gradient, key, axes, tag), None, None, None, None
 
 
-def _reduce_scatter_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _range_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of a range of a sum and of a range of what every rank has: the whole gradient is everybody's ranges."""
     key, axes, tag = ctx.arguments
     return torch.ops.colossal_comm.all_gather(gradient, key, axes, True, tag), None, None, None
 
@@ -278,9 +289,9 @@ for _schema, _run, _shape, _backward in (
         "reduce_scatter(Tensor x, str key, str axes, str tag)",
         _reduce_scatter_now,
         _range_shape,
-        _reduce_scatter_backward,
+        _range_backward,
     ),
-    ("own_range(Tensor x, str key, str axes, str tag)", _own_range_now, _range_shape, None),
+    ("own_range(Tensor x, str key, str axes, str tag)", _own_range_now, _range_shape, _range_backward),
     (
         "all_to_all(Tensor x, str key, str axes, SymInt[]? output_sizes, SymInt[]? input_sizes, str tag)",
         _all_to_all_now,

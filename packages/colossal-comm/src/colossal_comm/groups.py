@@ -122,6 +122,12 @@ class TorchTransport:
             dist.batch_isend_irecv(operations), [transfer.tensor for transfer in transfers], self._mark_failed
         )
 
+    def symmetric_group(self, group: Group) -> str:
+        if self._device.type != "cuda":
+            return ""
+        _torch_private.turn_multicast_off()
+        return _torch_private.registered_name(self._process_group(group))
+
     def close(self, grace_seconds: float) -> None:
         if self._closed:
             return

@@ -266,6 +266,10 @@ class SimulatedTransport:
         self._boxes[name, sender, receiver] = number + 1
         return name, sender, receiver, number
 
+    def symmetric_group(self, group: Group) -> str:
+        del group
+        return ""
+
     def close(self, grace_seconds: float) -> None:
         """Nothing to free."""
 

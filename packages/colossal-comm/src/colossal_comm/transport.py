@@ -88,5 +88,8 @@ class Transport(Protocol):
 
     def exchange(self, group: Group, transfers: Sequence[Transfer]) -> Handle: ...
 
+    def symmetric_group(self, group: Group) -> str:
+        """The group's name for torch's operators on symmetric memory, or "" where this rank has none."""
+
     def close(self, grace_seconds: float) -> None:
         """Frees everything; waits at most `grace_seconds` for the others to be done with what this rank hosts."""

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d as c10d
 
-from colossal_comm import RankCollectives
+from colossal_comm import RankCollectives, _torch_private
+from colossal_comm.groups import TorchTransport
+from colossal_comm.transport import Group
 from colossal_core.collectives import Transfer
 from colossal_core.mesh import MeshLayout
 
@@ -232,3 +235,28 @@ def other_mesh(collectives: RankCollectives) -> tuple[float, float, int]:
 
 def test_the_same_ranks_through_another_mesh(on_mesh: Any) -> None:
     assert on_mesh(PAIR, other_mesh) == [(2.0, 2.0, 2)] * 2
+
+
+def announced(collectives: RankCollectives) -> tuple[str, list[tuple[str, str, int, int]]]:
+    group = collectives.symmetric_group("dp_shard")
+    collectives.announce("all_gather", torch.ones(3, 4), "dp_shard", tag="by hand")
+    collectives.announce("reduce_scatter", torch.ones(4), "tp", tag="alone")
+    return group, [(row.operation, row.tag, row.num_calls, row.sent_bytes) for row in collectives.ledger.rows()]
+
+
+def test_a_cpu_has_no_symmetric_memory_and_what_is_announced_is_counted(on_mesh: Any) -> None:
+    expected = ("", [("all_gather", "by hand", 1, 48)])
+    assert on_mesh(MeshLayout((1, 1, 2, 1, 1)), announced) == [expected, expected]
+
+
+def name_that_torch_finds(collectives: RankCollectives) -> tuple[str, int]:
+    transport = collectives._session.transport
+    assert isinstance(transport, TorchTransport)
+    group = transport._process_group(Group(("dp_shard",), "compute", (0, 1), collectives.rank))
+    name = _torch_private.registered_name(group)
+    resolve: Any = vars(c10d)["_resolve_process_group"]
+    return name, resolve(name).size()
+
+
+def test_torch_finds_a_group_by_its_registered_name(on_gloo: Any) -> None:
+    assert on_gloo(PAIR, name_that_torch_finds) == [("colossal.compute.0_1", 2)] * 2

@@ -34,6 +34,8 @@ def apply(operation: str, collectives: RankCollectives, x: torch.Tensor, axes: A
         return collectives.all_gather(x, axes, dim=-1, cotangent="replicated", tag=operation)
     if operation == "reduce_scatter":
         return collectives.reduce_scatter(x, axes, dim=1, tag=operation)
+    if operation == "own_range":
+        return collectives.own_range(x, axes, dim=-2, tag=operation)
     if operation == "all_to_all even":
         return collectives.all_to_all(x, axes, tag=operation)
     if operation == "all_to_all uneven":
@@ -57,6 +59,8 @@ def reference(operation: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [joined] * size
     if operation == "reduce_scatter":
         return list(torch.stack(inputs).sum(0).chunk(size, dim=1))
+    if operation == "own_range":
+        return [x.chunk(size, dim=1)[place] for place, x in enumerate(inputs)]
     if operation.startswith("all_to_all"):
         rows = ROWS_SENT[size] if operation.endswith("uneven") else [[4 // size] * size] * size
         parts = [list(torch.split(x, sent)) for x, sent in zip(inputs, rows, strict=True)]
@@ -71,6 +75,7 @@ OPERATIONS = (
     "all_gather partial",
     "all_gather replicated",
     "reduce_scatter",
+    "own_range",
     "all_to_all even",
     "all_to_all uneven",
     "broadcast",
@@ -110,7 +115,7 @@ def check(found: list[dict[str, tuple[Any, Any]]], groups: tuple[tuple[int, ...]
             loss = losses[0] if operation in ONE_LOSS else torch.stack(losses).sum()
             # The copies of a replicated tensor are one: its gradient is the sum over them, each at the values that it holds here.
             gradients = list(torch.autograd.grad(loss, inputs, materialize_grads=True))
-            if operation == "replicate":
+            if operation in ("replicate", "own_range"):
                 gradients = [torch.stack(gradients).sum(0)] * len(ranks)
             for rank, output, gradient in zip(ranks, outputs, gradients, strict=True):
                 difference = (
@@ -136,7 +141,8 @@ def counts(collectives: RankCollectives, compiled: bool) -> dict[str, tuple[int,
     def block(x: torch.Tensor) -> torch.Tensor:
         y = collectives.replicate(x, "tp", tag="in")
         y = collectives.all_gather(torch.relu(y), "tp", tag="middle")
-        return collectives.all_reduce(collectives.reduce_scatter(y, "tp", tag="middle"), "tp", tag="out")
+        y = collectives.all_reduce(collectives.reduce_scatter(y, "tp", tag="middle"), "tp", tag="out")
+        return collectives.own_range(y, "tp", tag="own")
 
     call = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
     x = torch.ones(2, 8, requires_grad=True)
@@ -153,6 +159,7 @@ def test_the_ledger_counts_forward_and_backward_when_they_run(on_gloo: Any, comp
         "reduce_scatter middle": (6, 6 * 64),
         "all_reduce out": (3, 3 * 64),
         "all_reduce in": (3, 3 * 64),
+        "all_gather own": (3, 3 * 32),
     }
     assert on_gloo(PAIR, counts, compiled) == [expected, expected]
 
