@@ -140,6 +140,13 @@ def fake_tensor_mode() -> AbstractContextManager[object]:
     return mode
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """What tensors on one storage have in common, fake ones too, as long as one of them is alive."""
     key: int = tensor.untyped_storage()._cdata

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +19,12 @@ from colossal_core.compiled_memory import measure_compiled
 from colossal_core.dataflow import tensors_in
 from colossal_core.fake_model import AsOnAccelerator, FakeModel, as_real_tensors, fake_batch, fake_copy
 from colossal_core.live_bytes import LiveBytes
+from colossal_core.rank_compute import AsItIs
 
 if TYPE_CHECKING:
     from colossal_core.loss import LossOwner
     from colossal_core.precision import Precision
+    from colossal_core.rank_compute import RankCompute
 
 COMPILED_BACKENDS = ("inductor", "aot_eager")
 """Backends that cut the joint graph of forward and backward pass; with any other a block is taken to keep what it keeps eagerly."""
@@ -58,14 +60,22 @@ class ActivationTracer:
     """Traces one model under several treatments and batches, and measures each block that is alike once.
 
     model: real, on the meta device, or wrapped already; it is not changed. blocks: full names. loss_owner: what training has, on
-    reference ops.
+    reference ops. computes: what a rank computes of the model.
     """
 
-    def __init__(self, model: nn.Module, blocks: tuple[str, ...], loss_owner: LossOwner, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: tuple[str, ...],
+        loss_owner: LossOwner,
+        precision: Precision,
+        computes: RankCompute | None = None,
+    ) -> None:
         self._model = model
         self._blocks = blocks
         self._loss_owner = loss_owner
         self._precision = precision
+        self._computes: RankCompute = AsItIs() if computes is None else computes
 
     def trace(self, batch: Mapping[str, Tensor], treatment: Treatment) -> Activations:
         """One microbatch of the shapes of `batch`, labels included; values are not looked at. Nothing is computed, no memory is taken.
@@ -82,7 +92,7 @@ class ActivationTracer:
 
     def _run(self, batch: Mapping[str, Tensor], treatment: Treatment, *, branch: bool) -> Activations:
         compute = self._precision.compute
-        fake = fake_copy(self._model, compute, self._blocks)
+        fake = fake_copy(self._model, compute, self._blocks, self._computes.hooks)
         fake.model.train(self._model.training)
         counted = LiveBytes()
         moments = _Moments(counted)
@@ -90,7 +100,11 @@ class ActivationTracer:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(fake.mode)
             stack.enter_context(torch.enable_grad())
-            inputs = self._loss_owner.with_targets(fake_batch(batch, compute))
+            cross_entropy = self._computes.carry_out(fake, self._precision)
+            loss_owner = self._loss_owner
+            if cross_entropy is not None:
+                loss_owner = loss_owner.with_cross_entropy(cross_entropy)
+            inputs = loss_owner.with_targets(fake_batch(batch, compute))
             _prepare(fake, inputs, counted)
             measured = _measuring(treatment, counted)
             for name in self._blocks:
@@ -101,11 +115,11 @@ class ActivationTracer:
             stack.enter_context(as_real_tensors())
             stack.enter_context(AsOnAccelerator(branch=branch))
             stack.enter_context(counted)
-            self._step(fake.model, inputs)
+            self._step(fake.model, loss_owner, inputs)
         return moments.activations()
 
-    def _step(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-        loss = self._loss_owner(model, inputs).sum.to(self._precision.master)
+    def _step(self, model: nn.Module, loss_owner: LossOwner, inputs: Mapping[str, Tensor]) -> None:
+        loss = loss_owner(model, inputs).sum.to(self._precision.master)
         scaled = loss / 2.0
         del loss
         scaled.backward()  # type: ignore[no-untyped-call]
@@ -149,6 +163,9 @@ def _prepare(fake: FakeModel, inputs: Mapping[str, Tensor], counted: LiveBytes) 
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
     samples = next(iter(inputs.values())).shape[0]
     fake.dropout.set(0, 0, torch.arange(samples, device="cpu"))
+    current = fake.dropout.capture()
+    assert current is not None
+    fake.dropout.restore(replace(current, fused=None))  # nothing is drawn, so no kernel's generator is seeded
 
 
 def _drop_gradient(parameter: Tensor) -> None:

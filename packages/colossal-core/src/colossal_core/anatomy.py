@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from colossal_core.specimen import Specimen
 
 Task = Literal["causal-lm", "masked-lm", "seq2seq-lm", "own-loss"]
 
@@ -24,6 +27,19 @@ class ParameterFact:
     @property
     def full_name(self) -> str:
         return self.names[0]
+
+
+@dataclass(frozen=True)
+class ModuleFact:
+    """One module of the untouched model. name: the first in `named_modules()`, "" for the model itself.
+
+    numbers: sorted (name, value) of the module's own public integer attributes (`num_heads`, `split_size`), and of the numbers of heads in
+    a config that it holds, as `config.num_attention_heads`.
+    """
+
+    name: str
+    class_name: str
+    numbers: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,8 @@ class ModelAnatomy:
     fused_dropout: modules that draw random numbers inside a fused kernel, so that no mesh-independent key can be given.
     forward_keys: keyword arguments that `forward` takes; None when it takes any. tensor_plan, expert_plan: transformers' own plans as (name
     pattern with `*` for a number, style of `colossal_core.transformers_plans`). untraced: why no forward pass could be traced, else "".
+    modules: every module, in the order of `named_modules()`. specimen: a small model of the same kind, built when it is asked for; None
+    where no batch is known for the model. It is no part of what two anatomies are compared by.
     """
 
     class_name: str
@@ -74,6 +92,8 @@ class ModelAnatomy:
     tensor_plan: tuple[tuple[str, str], ...] = ()
     expert_plan: tuple[tuple[str, str], ...] = ()
     untraced: str = ""
+    modules: tuple[ModuleFact, ...] = ()
+    specimen: Specimen | None = field(default=None, compare=False, repr=False)
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from types import MethodType
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,15 @@ class BlockCall:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for calls that take the same memory: class, shapes, and every attribute that is no number of a layer."""
+        """Equal for calls that take the same memory: class, shapes, every attribute that is no number of a layer, and what strategies have
+        put on the modules inside.
+        """
         leaves, structure = tree_flatten((self.args, self.kwargs))
         described = tuple(_described(leaf) for leaf in leaves)
-        parts = tuple((type(module), module.training, tuple(sorted(_plain(module)))) for module in self.block.modules())
+        parts = tuple(
+            (type(module), module.training, tuple(sorted(_plain(module))), module is self.block or _put_on(module))
+            for module in self.block.modules()
+        )
         tensors = (*self.block.named_parameters(), *self.block.named_buffers())
         return (parts, tuple((name, _described(tensor)) for name, tensor in tensors), described, str(structure))
 
@@ -100,6 +106,18 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, object]]:
     for name, value in vars(module).items():
         if isinstance(value, bool | float | str):
             yield name, str(value)
+
+
+def _put_on(module: nn.Module) -> tuple[object, ...]:
+    """Kinds of hooks, and of what stands in the place of the class's forward."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), vars(module).get("forward"))
+    return tuple(
+        type(getattr(hook, "__self__", hook) if not _is_method_of(hook, module) else hook.__func__) for hook in hooks
+    )
+
+
+def _is_method_of(hook: object, module: nn.Module) -> TypeGuard[MethodType]:
+    return isinstance(hook, MethodType) and hook.__self__ is module
 
 
 def measure_eager(call: BlockCall, kept: Kept, budget: float) -> MeasuredBlock:

@@ -5,7 +5,8 @@ communicator, one for each (axes, use), so that a gather and a reduction can be 
 the ledger, in the debug fingerprint and in a hang report.
 
 Two families. *Asynchronous, in place, without autograd*: `start_*`, returning a `Handle`; for gradients, parameters and states.
-*Differentiable*: `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`, `broadcast`; for activations, also inside compiled blocks.
+*Differentiable*: `all_reduce`, `replicate`, `all_gather`, `reduce_scatter`, `own_range`, `all_to_all`, `broadcast`; for activations, also
+inside compiled blocks.
 The gradient that arrives at a differentiable collective's output is, on each rank, either `partial` (a summand of the true one) or
 `replicated` (each rank has the whole): the caller says which, because only the caller knows.
 """
@@ -116,6 +117,9 @@ class Collectives(Protocol):
 
     def reduce_scatter(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:
         """This rank's range along `dim` of the sum; `dim` divides evenly. Backward: all-gather."""
+
+    def own_range(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:
+        """This rank's range along `dim` of a tensor that every rank has; `dim` divides evenly. Backward: all-gather."""
 
     def all_to_all(
         self,
@@ -230,6 +234,9 @@ class SingleProcess:
         return tensor
 
     def reduce_scatter(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:
+        return tensor
+
+    def own_range(self, tensor: torch.Tensor, axes: Axes, *, dim: int = 0, tag: str = "") -> torch.Tensor:
         return tensor
 
     def all_to_all(

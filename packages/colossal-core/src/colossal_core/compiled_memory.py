@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from colossal_core._torch_private import OperatorKinds, partitioned, storage_key, tree_flatten, tree_unflatten
 from colossal_core.block_memory import BlockCall, BlockMemory, Kept, MeasuredBlock, measure_eager, recomputed
@@ -25,8 +25,9 @@ def measure_compiled(call: BlockCall, kept: Kept, budget: float, backend: str) -
     args, kwargs, _ = call.detached()
     leaves, structure = tree_flatten((args, kwargs))
     where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    named = dict(call.block.named_parameters())
-    buffers = dict(call.block.named_buffers())
+    block = _Forward(call.block)
+    named = dict(block.named_parameters())
+    buffers = dict(block.named_buffers())
     dropout = DropoutInputs(call.block)
     num_held, num_tensors = len(named) + len(buffers), len(where)
 
@@ -37,7 +38,7 @@ def measure_compiled(call: BlockCall, kept: Kept, budget: float, backend: str) -
         given = dict(zip((*named, *buffers), tensors, strict=False))
         inner_args, inner_kwargs = tree_unflatten(values, structure)
         with dropout.replaced(tensors[num_held + num_tensors :]):
-            output = torch.func.functional_call(call.block, given, inner_args, inner_kwargs)
+            output = torch.func.functional_call(block, given, inner_args, inner_kwargs)
         return tuple(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
 
     tensors = [*named.values(), *buffers.values(), *(leaves[index] for index in where), *dropout.tensors]
@@ -49,6 +50,17 @@ def measure_compiled(call: BlockCall, kept: Kept, budget: float, backend: str) -
     decided = eager.memory.kept_bytes if kept == "selective" else 0
     found = recomputed(memory, kept, min(decided, memory.kept_bytes), eager.bare_bytes, whole, len(where))
     return replace(eager, memory=found)
+
+
+class _Forward(nn.Module):
+    """A block without the hooks on itself, which are outside of what is compiled."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block.forward(*args, **kwargs)
 
 
 def _memory(

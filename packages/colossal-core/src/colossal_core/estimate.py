@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from colossal_core.plan import Plan
+
 COLUMNS: Mapping[str, str] = {
     "parameter_bytes": "compute copy of the parameters that is always there, frozen ones included, on the fullest rank",
     "master_bytes": "master weights where they are not the compute copy",
@@ -106,11 +108,16 @@ class HardwareProfile:
 
 @dataclass(frozen=True)
 class EstimateTable:
-    """Candidates (rows) and what they cost (columns). `with_columns` gives a new table; columns add up where two strategies write one."""
+    """Candidates (rows) and what they cost (columns). `adding` gives a new table; columns add up where two strategies write one.
+
+    plan: where the table is of one plan, its only row; then `model` has the counts of its fullest rank. None: candidates of which nothing
+    but the inputs is known; `model` has the counts of the whole model, which tp and pp are taken to divide evenly.
+    """
 
     model: ModelSize
     inputs: Mapping[str, np.ndarray]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    plan: Plan | None = None
 
     def __len__(self) -> int:
         return len(self.inputs["dp_shard"])
@@ -136,6 +143,12 @@ class EstimateTable:
 
         found: np.ndarray = self.inputs[name] if name in self.inputs else np.full(len(self), float(default))
         return found
+
+    def ranks_of(self, axis: str) -> np.ndarray:
+        """Among how many ranks of an axis (tp, pp) the counts of `model` are still to be divided."""
+        import numpy as np
+
+        return np.ones(len(self)) if self.plan is not None else self.inputs[axis]
 
     def state_bytes(self) -> np.ndarray:
         """Bytes of the fullest rank between two steps."""

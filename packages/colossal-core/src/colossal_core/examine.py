@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from colossal_core.anatomy import BlockChain, ModelAnatomy, ParameterFact
+from colossal_core.anatomy import BlockChain, ModelAnatomy, ModuleFact, ParameterFact
 from colossal_core.dataflow import (
     chains_by_data_flow,
     is_checkpointing_layer,
@@ -18,15 +18,35 @@ from colossal_core.dataflow import (
 )
 from colossal_core.example_batch import traced_batch
 from colossal_core.interfaces import ATTENTION_INTERFACE, EXPERTS_INTERFACE, modules_reaching
+from colossal_core.specimen import Specimen
+from colossal_core.specimen_choice import specimen_of
 from colossal_core.task import config_facts, find_task
 from colossal_core.transformers_plans import expert_plan, is_transformers_model, tensor_plan
 
+HEAD_COUNTS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "num_kv_heads",
+    "n_head",
+    "n_heads",
+    "n_head_kv",
+    "kv_n_heads",
+    "num_local_attention_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
+"""Keys of configs that say how many heads there are, and that a forward pass may read."""
 
-def examine(model: nn.Module, example_batch: Mapping[str, Tensor] | None = None) -> ModelAnatomy:
+
+def examine(
+    model: nn.Module, example_batch: Mapping[str, Tensor] | None = None, specimen: Specimen | None = None
+) -> ModelAnatomy:
     """The facts that strategies plan from. Deterministic; the model is neither moved, called nor changed.
 
     example_batch: keyword arguments of the model's forward, any device, values unused; transformers models need none. With neither, or
-    when the traced pass fails, block lists are found by structure and `untraced` says why.
+    when the traced pass fails, block lists are found by structure and `untraced` says why. specimen: a small model of the same kind, from
+    someone who knows how to make one; None: made by rule, from the config, or from the model and its batch.
     """
     found = trace(model, traced_batch(model, example_batch))
     chains = chains_by_data_flow(model, found)
@@ -57,7 +77,21 @@ def examine(model: nn.Module, example_batch: Mapping[str, Tensor] | None = None)
         tensor_plan=tensor_plan(model),
         expert_plan=expert_plan(model),
         untraced=found.error,
+        modules=tuple(_module_fact(name, module) for name, module in model.named_modules()),
+        specimen=specimen if specimen is not None else specimen_of(model, chains, example_batch),
     )
+
+
+def _module_fact(name: str, module: nn.Module) -> ModuleFact:
+    """Of a config the keys as it keeps them: transformers reads several names of one number."""
+    numbers = {key: value for key, value in vars(module).items() if not key.startswith("_") and _is_number(value)}
+    kept = getattr(vars(module).get("config"), "__dict__", {})
+    numbers.update({f"config.{key}": kept[key] for key in HEAD_COUNTS if _is_number(kept.get(key))})
+    return ModuleFact(name, type(module).__name__, tuple(sorted(numbers.items())))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _batch_statistics(model: nn.Module) -> tuple[str, ...]:

@@ -21,12 +21,11 @@ def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -
     Labels are left out where they may be, and so is a router's balance loss: the blocks do not need them, and a loss may look at values,
     which meta tensors have not.
     """
-    batch = example_batch if example_batch is not None else _from_config(model)
+    batch = example_batch if example_batch is not None else config_batch(model)
     if batch is None:
         return None
     taken = inspect.signature(model.forward).parameters
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
-    kept: dict[str, object] = {key: value for key, value in batch.items() if takes_any or key in taken}
+    kept: dict[str, object] = dict(taken_by(model, batch))
     if "labels" in taken and taken["labels"].default is not inspect.Parameter.empty:
         kept.pop("labels", None)
     if is_transformers_model(model):
@@ -34,7 +33,15 @@ def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -
     return kept
 
 
-def _from_config(model: nn.Module) -> dict[str, Tensor] | None:
+def taken_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries that `forward` takes: a batch to train on may hold more (labels for a loss of the user's)."""
+    taken = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    return {key: value for key, value in batch.items() if takes_any or key in taken}
+
+
+def config_batch(model: nn.Module, num_tokens: int = NUM_TOKENS) -> dict[str, Tensor] | None:
+    """Inputs that a transformers model takes, on the meta device, of two sequences; None for any other model. No labels."""
     config = getattr(model, "config", None)
     if config is None or not is_transformers_model(model):
         return None
@@ -44,18 +51,18 @@ def _from_config(model: nn.Module) -> dict[str, Tensor] | None:
     if main in makers:
         batch = {main: makers[main](config)}
         if "input_ids" in taken and not getattr(config, "is_encoder_decoder", False):
-            batch["input_ids"] = _tokens()
+            batch["input_ids"] = _tokens(num_tokens)
     else:
-        batch = {"input_ids": _tokens()}
+        batch = {"input_ids": _tokens(num_tokens)}
         if "pixel_values" in taken and model.get_output_embeddings() is None:  # type: ignore[operator]
             batch["pixel_values"] = _pixels(config)  # a model of both (CLIP); one that writes text runs on text alone
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
-        batch["decoder_input_ids"] = _tokens()
+        batch["decoder_input_ids"] = _tokens(num_tokens)
     return batch
 
 
-def _tokens() -> Tensor:
-    return torch.zeros(NUM_SEQUENCES, NUM_TOKENS, dtype=torch.long, device="meta")
+def _tokens(num_tokens: int) -> Tensor:
+    return torch.zeros(NUM_SEQUENCES, num_tokens, dtype=torch.long, device="meta")
 
 
 def _pixels(config: object) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from colossal_core._torch_private import fake_tensor_mode
 from colossal_core.dataflow import MAX_ANSWERS
-from colossal_core.keyed_dropout import KeyedDropoutState, KeyedLayer, MicrobatchKey, install_keyed_dropout
+from colossal_core.fused_part import seeds
+from colossal_core.keyed_dropout import KeyedDropoutState, KeyedLayer, install_keyed_dropout
 from colossal_core.random import RandomKey
 
 
@@ -29,15 +30,20 @@ class FakeModel:
     dropout: KeyedDropoutState
 
 
-def fake_copy(model: nn.Module, compute: torch.dtype, blocks: Iterable[str]) -> FakeModel:
+def fake_copy(
+    model: nn.Module, compute: torch.dtype, blocks: Iterable[str], hooks: frozenset[int] = frozenset()
+) -> FakeModel:
     """A copy in which floating parameters have the compute dtype; ties, `requires_grad` and training mode are kept.
 
-    The model may be wrapped already: the copies of its blocks run their class's own forward, neither recomputed nor compiled. A user's
-    hooks are left out. Memory: none.
+    The model may be wrapped already: the copies of its blocks run their class's own forward, neither recomputed nor compiled. hooks: ids
+    of those that belong to what the model computes; they are copied with it, and a user's and those that move its state are left out.
+    Memory: none.
     """
     mode = fake_tensor_mode()
     with mode:
-        shadow = copy.deepcopy(model, _memo(model, compute))
+        memo = _memo(model, compute)
+        shadow = copy.deepcopy(model, memo)
+        _copy_hooks(model, shadow, hooks, memo)
         for name in blocks:
             attributes = vars(shadow.get_submodule(name))
             if not isinstance(
@@ -63,14 +69,33 @@ def _memo(model: nn.Module, compute: torch.dtype) -> dict[int, object]:
         for name, table in vars(module).items():
             if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(table, dict):
                 memo[id(table)] = type(table)()
-        for tensor in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
-            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+        for tensor in _held(module):
+            if id(tensor) in memo:
                 continue
             parameter = isinstance(tensor, nn.Parameter)
             dtype = _dtype(tensor, compute) if parameter or compute == torch.float64 else tensor.dtype
             empty = torch.empty(tuple(tensor.shape), dtype=dtype, device="cpu")
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty
     return memo
+
+
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors of a module itself, those among its attributes included (what an entry left for a product when a step was cut off)."""
+    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _copy_hooks(model: nn.Module, shadow: nn.Module, hooks: frozenset[int], memo: dict[int, object]) -> None:
+    """Puts copies of some forward hooks on a copy of a model: where one holds a module, its copy holds that module's."""
+    for module, copied in zip(model.modules(), shadow.modules(), strict=True) if hooks else ():
+        for name, table in vars(module).items():
+            if not name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                continue
+            kept = [key for key in table if key in hooks and not (callable(table[key]) and seeds(table[key]))]
+            for key in kept:
+                vars(copied)[name][key] = copy.deepcopy(table[key], memo)
 
 
 def _dtype(tensor: Tensor, compute: torch.dtype) -> torch.dtype:
@@ -84,7 +109,9 @@ def _rekeyed(shadow: nn.Module) -> KeyedDropoutState:
         return install_keyed_dropout(shadow)
     state = KeyedDropoutState()
     for number, (name, module) in enumerate(keyed):
-        module.keyed_layer = state.add(name, number)
+        before = _layer_of(module)
+        module.keyed_layer = layer = state.add(name, number)
+        layer.part = before.part if before is not None else None
     return state
 
 
@@ -107,7 +134,7 @@ class DropoutInputs:
             return
         seed, step, sample_ids = tensors[:3]
         numbers = [layer.number for layer in self._layers]
-        self._state.restore(MicrobatchKey(RandomKey(seed, step), sample_ids, self._current.positions))
+        self._state.restore(replace(self._current, key=RandomKey(seed, step), sample_ids=sample_ids))
         for layer, number in zip(self._layers, tensors[3:], strict=True):
             layer.number = number
         try:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from colossal_core.functional_dropout import KeyedMethods, keyed_methods
-from colossal_core.random import RandomKey, keyed_dropout
+from colossal_core.random import RandomKey, fused_key, keyed_dropout
 
 _OTHER_KINDS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -26,12 +26,48 @@ class MicrobatchKey:
     """What the dropouts of one microbatch are keyed by.
 
     key: seed and step. sample_ids: [B] int64, the samples' indices in the global batch of the step, on the model's device. positions: [L]
-    int64, the global positions of this rank's part of each sequence where an axis cuts it, else None.
+    int64, the global positions of this rank's part of each sequence where an axis cuts it, else None. fused: 0-d int64 on the CPU, of seed,
+    step and the first sample, for what draws inside a fused kernel.
     """
 
     key: RandomKey
     sample_ids: torch.Tensor
     positions: torch.Tensor | None = None
+    fused: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of each sample a module sees, where a strategy cuts activations.
+
+    dim: the dimension of the dropout's input that is cut (heads in [B, H, S, S]: 1; features: -1; the sequence in [B, S, F]: 1). 0 stands
+    for the k rows of a sample in [B * k, ...]. start: where the part begins. total: the whole size; an input that has it there is whole.
+    """
+
+    dim: int
+    start: int
+    total: int
+
+    def of(self, size: int) -> tuple[int, int]:
+        """Where an input with `size` elements there begins, and the size of the whole."""
+        assert self.start + size <= self.total, f"{self} of {size}"
+        return self.start, self.total
+
+
+@dataclass(frozen=True)
+class Share:
+    """`width` units from the `index`-th on, of `count` equal ones along `dim` (as in `Part`), whatever their size."""
+
+    dim: int
+    index: int
+    count: int
+    width: int = 1
+
+    def of(self, size: int) -> tuple[int, int]:
+        """As `Part.of`."""
+        assert size % self.width == 0, f"{self} of {size}"
+        unit = size // self.width
+        return self.index * unit, self.count * unit
 
 
 class KeyedDropoutState:
@@ -56,9 +92,17 @@ class KeyedDropoutState:
         self._layers.append(KeyedLayer(self, name, torch.tensor(number, device="cpu")))
         return self._layers[-1]
 
-    def set(self, seed: int, step: int, sample_ids: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+    def set(
+        self,
+        seed: int,
+        step: int,
+        sample_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        first_sample: int = 0,
+    ) -> None:
         """Before the forward pass of a microbatch. Does not wait for the device."""
-        self._current = MicrobatchKey(RandomKey.of(seed, step, sample_ids.device), sample_ids, positions)
+        fused = torch.tensor(fused_key(seed, step, first_sample), device="cpu")
+        self._current = MicrobatchKey(RandomKey.of(seed, step, sample_ids.device), sample_ids, positions, fused)
         for layer in self._layers:
             if layer.number.device != sample_ids.device:  # only the first time: the model was on its way to the device
                 layer.number = layer.number.to(sample_ids.device)
@@ -86,13 +130,15 @@ class KeyedDropoutState:
 
 class KeyedLayer:
     """What one module's dropouts read. number: 0-d int64, its place in `named_modules()`; as a tensor, because compiled blocks that
-    differ in a plain number are compiled one by one.
+    differ in a plain number are compiled one by one. part: set by a strategy on a module that sees a part of each sample; it then draws
+    the numbers of that part of the whole.
     """
 
     def __init__(self, state: KeyedDropoutState, name: str, number: torch.Tensor) -> None:
         self.state = state
         self.name = name
         self.number = number
+        self.part: Part | Share | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> KeyedLayer:
         """A copy of the model reads the same state."""
@@ -113,7 +159,10 @@ class KeyedLayer:
                 self.state.unkeyed.append(self.name)
             return F.dropout(input, p, training, inplace)
         layer = self.number + (call << 32) if call else self.number
-        kept = keyed_dropout(input, p, current.key, current.sample_ids, layer, positions=_positions(input, current))
+        positions, features = _positions(input, current), None
+        if self.part is not None:
+            positions, features = _of_part(input, current, self.part, positions)
+        kept = keyed_dropout(input, p, current.key, current.sample_ids, layer, positions=positions, features=features)
         return input.copy_(kept) if inplace else kept
 
 
@@ -170,3 +219,25 @@ def _positions(x: torch.Tensor, current: MicrobatchKey) -> torch.Tensor | None:
     for size in x.shape[1:-1]:
         num_rows *= size
     return current.positions if num_rows == current.positions.shape[0] else None
+
+
+def _of_part(
+    x: torch.Tensor, current: MicrobatchKey, part: Part | Share, positions: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Positions and features of x in the whole tensor, of which it is a part. positions: those that it has as it is."""
+    dim, device = part.dim % x.dim(), current.sample_ids.device
+    sizes = [x.shape[0] // current.sample_ids.shape[0], *x.shape[1:]]
+    if isinstance(part, Part) and sizes[dim] == part.total:
+        return positions, None
+    first, whole_size = part.of(sizes[dim])
+    if dim == x.dim() - 1 and dim > 0:
+        return positions, torch.arange(sizes[dim], device=device) + first
+    whole = torch.zeros(1, dtype=torch.int64, device=device)
+    num_positions = 1
+    for index, size in enumerate(sizes[: max(1, x.dim() - 1)]):
+        total, start = (whole_size, first) if index == dim else (size, 0)
+        num_positions *= total
+        whole = (whole.unsqueeze(1) * total + torch.arange(size, device=device) + start).flatten()
+    if current.positions is not None and num_positions == current.positions.shape[0]:
+        whole = current.positions[whole]
+    return whole, None

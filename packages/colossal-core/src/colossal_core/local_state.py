@@ -1,4 +1,6 @@
-"""The parameter state of one process: nothing is sharded, nothing is sent. Also the oracle that every other state is compared with."""
+"""The parameter state that shards nothing by itself and sends nothing: what a strategy has cut stays cut as it is, masters like compute
+copies. On one process it is the oracle that every other state is compared with.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from colossal_core.layout import take_local
 from colossal_core.modules import ParameterSlots
 from colossal_core.shards import Shard
 
 if TYPE_CHECKING:
-    from colossal_core.layout import ParameterLayout
+    from colossal_core.layout import ParameterLayout, Piece
+    from colossal_core.mesh import MeshLayout
     from colossal_core.precision import Precision
 
 
@@ -20,20 +24,31 @@ class LocalState:
     """Masters are the parameters themselves where compute and master dtype agree, else copies in the master dtype.
 
     Gradients accumulate over microbatches in the gradient dtype: by autograd where that is the compute dtype, else by a hook. Their memory
-    is there from the first of a step's to the begin of the next step.
+    is there from the first of a step's to the begin of the next step. Tensors have this rank's shape in the compute placement (which the
+    state placement must agree with but for what is partial): `coordinate` on `mesh`. Elements that only pad a dimension are 0.
     """
 
     def __init__(
-        self, slots: ParameterSlots, layouts: Mapping[str, ParameterLayout], precision: Precision, device: torch.device
+        self,
+        slots: ParameterSlots,
+        layouts: Mapping[str, ParameterLayout],
+        precision: Precision,
+        device: torch.device,
+        mesh: MeshLayout,
+        coordinate: Mapping[str, int],
     ) -> None:
         self._shards: dict[str, Shard] = {}
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._precision = precision
         for name, layout in layouts.items():
+            assert layout.state.cuts == layout.compute.cuts and layout.state.flat is None, f"{name} is sharded"
+            shape = layout.compute.local_shape(coordinate, mesh)
+            self._pieces[name] = layout.compute.pieces(coordinate, mesh)
             dtype = precision.compute if layout.trainable or slots.dtype(name).is_floating_point else slots.dtype(name)
-            parameter = slots.place(name, torch.empty(layout.shape, dtype=dtype, device=device))
+            parameter = slots.place(name, torch.zeros(shape, dtype=dtype, device=device))
             master = parameter
             if layout.trainable and precision.master != precision.compute:
-                master = nn.Parameter(torch.empty(layout.shape, dtype=precision.master, device=device))
+                master = nn.Parameter(torch.zeros(shape, dtype=precision.master, device=device))
             if layout.trainable and precision.gradient != precision.compute:
                 parameter.register_post_accumulate_grad_hook(self._accumulate(name))  # type: ignore[no-untyped-call]
             self._shards[name] = Shard(layout, parameter, master)
@@ -54,11 +69,11 @@ class LocalState:
         return self._shards
 
     def fill(self, full_name: str, full: torch.Tensor) -> None:
-        shard = self._shards[full_name]
+        shard, pieces = self._shards[full_name], self._pieces[full_name]
         with torch.no_grad():
-            shard.master.copy_(full)
+            take_local(shard.master, full, pieces)
             if shard.master is not shard.parameter:
-                shard.parameter.copy_(full)
+                take_local(shard.parameter, full, pieces)
 
     def begin_step(self) -> None:
         for shard in self._shards.values():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from colossal_core.anatomy import ModelAnatomy, Task
     from colossal_core.ops import OpTable
+    from colossal_core.strategy import CrossEntropy
 
 Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[Any, Batch], tuple[torch.Tensor, "torch.Tensor | int"]]
@@ -39,20 +40,33 @@ class LossOwner:
     """Runs the forward pass of one microbatch and says what its loss is.
 
     task and user_loss decide: a user's `loss_fn`; else core's cross-entropy on the logits of a language model; else the model's own
-    `.loss`, taken as the mean over the first dimension. `exact_count` says whether the items are known before the forward pass.
+    `.loss`, taken as the mean over the first dimension. cross_entropy: in the place of the op, from a strategy that
+    leaves logits cut. `exact_count` says whether the items are known before the forward pass.
     """
 
-    def __init__(self, anatomy: ModelAnatomy, ops: OpTable, user_loss: LossFunction | None) -> None:
+    def __init__(
+        self,
+        anatomy: ModelAnatomy,
+        ops: OpTable,
+        user_loss: LossFunction | None,
+        cross_entropy: CrossEntropy | None = None,
+    ) -> None:
         self._task: Task = anatomy.task
         self._forward_keys = anatomy.forward_keys
-        self._cross_entropy = ops["cross_entropy"]
+        self._cross_entropy: CrossEntropy = ops["cross_entropy"] if cross_entropy is None else cross_entropy
         self._user_loss = user_loss
         self._answers = FirstAnswers()
 
     def with_ops(self, ops: OpTable) -> LossOwner:
-        """The same loss on other kernels."""
+        """The same loss on other kernels, of logits that are whole."""
         twin = copy.copy(self)
         twin._cross_entropy = ops["cross_entropy"]
+        return twin
+
+    def with_cross_entropy(self, cross_entropy: CrossEntropy) -> LossOwner:
+        """The same loss, made by this of logits that a strategy has left cut."""
+        twin = copy.copy(self)
+        twin._cross_entropy = cross_entropy
         return twin
 
     @property
@@ -134,9 +148,20 @@ class LossOwner:
         if self._forward_keys is not None and "use_cache" in self._forward_keys:
             inputs.setdefault("use_cache", False)
         if self._task == "seq2seq-lm" and not with_labels and "decoder_input_ids" not in inputs:
-            shift: Callable[..., torch.Tensor] = model.get_submodule("").prepare_decoder_input_ids_from_labels  # type: ignore[assignment]
-            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
+            inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
         return inputs
+
+
+def decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """What a sequence-to-sequence model's decoder reads: its labels, [B, L], moved right by one behind the token that its config starts
+    with, as transformers' forward passes do with labels. By the model's own method where its class has one (Whisper's has not).
+    """
+    own: Callable[..., torch.Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own(labels=labels)
+    config: Any = model.config
+    moved = torch.cat([torch.full_like(labels[:, :1], config.decoder_start_token_id), labels[:, :-1]], dim=1)
+    return moved.masked_fill(moved == IGNORED_LABEL, config.pad_token_id)
 
 
 def _number(value: torch.Tensor | int, device: torch.device) -> torch.Tensor:

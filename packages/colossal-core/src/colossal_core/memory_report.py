@@ -122,6 +122,7 @@ def step_report(
         batch,
         state_bytes=live["optimizer"] / max(masters, 1),
         device_type=engine.context.device.type,
+        computes=engine.context.computes,
     )
     planned = estimator.estimate()
     buffers = planned.transients + max(planned.gathered + planned.parameters - live["parameters"], 0)

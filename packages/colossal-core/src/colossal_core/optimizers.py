@@ -237,5 +237,8 @@ def _refuse_unfit(optimizer: torch.optim.Optimizer, config: TrainConfig, shards:
     sharded = any(shard.layout.state.cut_axes for shard in shards)
     if sharded and not known and not config.optimizer.elementwise:
         reason = f"{kind.__name__} is not known to update every element by itself, and the masters are sharded"
-        remedy = "set optimizer.elementwise: true if it does, or use parallel.zero.stage: 0"
+        whole = "parallel.zero.stage: 0"
+        if any(shard.layout.compute.cut_axes for shard in shards):
+            whole += " and no tensor parallelism"
+        remedy = f"set optimizer.elementwise: true if it does, or use {whole}"
         raise ConfigError([Problem("optimizer", reason, remedy)])

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_core.activations import Activations, ActivationTracer, Treatment
-from colossal_core.estimate import EstimateTable, HardwareProfile, ModelSize
+from colossal_core.estimate import EstimateTable, HardwareProfile
 from colossal_core.mesh import BASE_AXES
+from colossal_core.plan_size import model_size, positions_in
 from colossal_core.precision import precision_of
 from colossal_core.strategy import Phase
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from colossal_core.block_memory import Kept
     from colossal_core.loss import LossOwner
     from colossal_core.plan import Plan
+    from colossal_core.rank_compute import RankCompute
     from colossal_core.strategy import Strategy
 
 LIBRARY_BYTES = {"cuda": 64 * 2**20}
@@ -109,7 +111,8 @@ class PeakEstimator:
     model: real, on meta, or in training already (also on an accelerator: nothing is allocated there). strategies: the active ones.
     loss_owner: as in training, on any ops. state_bytes: of optimizer state for each trained element. device_type: where training runs.
     batch: one rank's batch or an example of it, labels included; only shapes beyond the first dimension and dtypes are read. None: the
-    activations are left out, and `Peak.problem` says so.
+    activations are left out, and `Peak.problem` says so. computes: what ranks compute of the model (`rank_compute`); None: the model as
+    it is.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class PeakEstimator:
         *,
         state_bytes: float,
         device_type: str,
+        computes: RankCompute | None = None,
     ) -> None:
         from colossal_core.ops import OpTable
         from colossal_core.ops.reference import reference_ops
@@ -133,7 +137,7 @@ class PeakEstimator:
         self._device_type = device_type
         self._precision = precision_of(plan.config)
         on_reference = loss_owner.with_ops(OpTable({found.op: found for found in reference_ops()}))
-        self._tracer = ActivationTracer(model, plan.block_names, on_reference, self._precision)
+        self._tracer = ActivationTracer(model, plan.block_names, on_reference, self._precision, computes)
         self._traced: dict[tuple[Treatment, int], Activations] = {}
 
     def estimate(self, change: Change = AS_PLANNED) -> Peak:
@@ -168,7 +172,7 @@ class PeakEstimator:
 
     def table(self, change: Change = AS_PLANNED) -> EstimateTable:
         """The strategies' closed forms for the plan with a change: one row, without activations."""
-        return state_table(self.plan, self._strategies, self._state_bytes, change)
+        return state_table(self.plan, self._strategies, self._state_bytes, change, positions_in(self._batch))
 
     def _activations(self, change: Change) -> Activations:
         if self._batch is None:
@@ -198,11 +202,19 @@ def treatment_of(plan: Plan) -> Treatment:
 
 
 def state_table(
-    plan: Plan, strategies: Sequence[Strategy], state_bytes: float, change: Change = AS_PLANNED
+    plan: Plan,
+    strategies: Sequence[Strategy],
+    state_bytes: float,
+    change: Change = AS_PLANNED,
+    positions: int = 0,
 ) -> EstimateTable:
-    """The estimate table of one plan: one row, by the strategies' closed forms. state_bytes: of optimizer state for a trained element."""
+    """The estimate table of one plan: one row, by the strategies' closed forms. state_bytes: of optimizer state for a trained element.
+    positions: of one sequence; 0: not known, and what is sent of activations is left out.
+    """
     profile = profile_of(plan)
-    table = EstimateTable(model_size(plan, state_bytes), inputs_of(plan, change))
+    table = EstimateTable(
+        replace(model_size(plan, state_bytes), sequence_length=positions), inputs_of(plan, change), plan=plan
+    )
     if all(strategy.phase is not Phase.SHARD_STATE for strategy in strategies):
         table = _whole_state(table, profile)
     for strategy in strategies:
@@ -236,31 +248,6 @@ def _stage(plan: Plan) -> float:
     asked = getattr(getattr(plan.config.section("parallel"), "zero", None), "stage", None)
     sharded = any(layout.state.flat is not None for layout in plan.layouts.values())
     return float(sharded) if asked is None else float(asked)
-
-
-def model_size(plan: Plan, state_bytes: float | None) -> ModelSize:
-    """The model's numbers as the plan has them. Those that only formulas of activations read are 0: activations are traced.
-
-    state_bytes: of optimizer state for each trained element; None: AdamW's in the master format.
-    """
-    layouts = tuple(plan.layouts.values())
-    blocks = dict.fromkeys(plan.block_names, 0)
-    for layout in layouts:
-        if layout.block in blocks:
-            blocks[layout.block] += layout.numel
-    return ModelSize(
-        num_parameters=sum(layout.numel for layout in layouts),
-        num_trainable=sum(layout.numel for layout in layouts if layout.trainable),
-        num_blocks=len(blocks),
-        block_parameters=max(blocks.values(), default=0),
-        hidden_size=0,
-        sequence_length=0,
-        vocab_size=0,
-        num_heads=0,
-        optimizer_state_bytes=state_bytes,
-        in_blocks=sum(blocks.values()),
-        largest_parameter=max((layout.numel for layout in layouts if layout.trainable), default=0),
-    )
 
 
 def _whole_state(table: EstimateTable, profile: HardwareProfile) -> EstimateTable:

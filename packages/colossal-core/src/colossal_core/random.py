@@ -123,12 +123,17 @@ def keyed_dropout(
     return torch.where(_shifted(bits, 32) >= round(p * 2**32), x * (1.0 / (1.0 - p)), 0.0)
 
 
+def fused_key(*values: int) -> int:
+    """One number in [-2^63, 2^63) for all values, as a generator's seed."""
+    return _signed(fold_numbers(*(value & _MASK for value in values)))
+
+
 def seed_fused(seed: int, step: int, first_sample: int) -> None:
     """Seeds torch's own generators for what draws inside a fused kernel: one key for each microbatch, by its first sample.
 
     Meshes that cut a batch into the same microbatches draw the same numbers; another micro size draws others.
     """
-    torch.manual_seed(_signed(fold_numbers(seed, step, first_sample)))
+    torch.manual_seed(fused_key(seed, step, first_sample))
 
 
 def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from colossal_core.config import TrainConfig
     from colossal_core.errors import Problem
     from colossal_core.estimate import EstimateTable, HardwareProfile
+    from colossal_core.keyed_dropout import KeyedDropoutState
     from colossal_core.layout import Placement
     from colossal_core.mesh import MeshLayout
     from colossal_core.modules import ParameterSlots
     from colossal_core.ops import OpTable
     from colossal_core.plan import Plan, PlanDraft
     from colossal_core.precision import Precision
+    from colossal_core.rank_compute import RankCompute
     from colossal_core.shards import ParameterState
 
 
@@ -105,6 +107,10 @@ class StrategySpec:
     config_class: type[BaseModel]
     factory: Callable[[Any], Strategy | None]
     axis_sizes: Callable[[Any], Mapping[str, int]] = no_axes
+
+
+CrossEntropy = Callable[["torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
+"""(logits, labels) -> (sum of losses, number of items), both 0-d, the same on every rank that has a part of the logits."""
 
 
 class Replayable(Protocol):
@@ -210,7 +216,10 @@ class ApplyContext:
     collectives: the other ranks. coordinate: this rank's, along every axis. parameters: the parameter state, set by the strategy of phase
     shard_state and there for later phases. units: the plan's, in the order of their use. names: full name by id() of
     the user's parameter objects, aliases resolved. slots: every place in the module tree that holds a parameter. replayed: per-call state
-    that recomputation must bring back for its microbatch.
+    that recomputation must bring back for its microbatch. cross_entropy: set by a strategy that leaves the logits of a head cut: it takes
+    the place of the op of that name, in training and in evaluation. dropout: what the model's dropouts read; a strategy says by
+    `module.keyed_layer.part` that a module sees a part of each sample, by `fused_part.seed_by_part` the same of one that draws inside a
+    kernel. computes: what strategies have changed of what this rank computes, set when they have.
     """
 
     collectives: Collectives
@@ -226,6 +235,9 @@ class ApplyContext:
     hooks: StepHooks = field(default_factory=StepHooks)
     tensors: TensorRegistry = field(default_factory=TensorRegistry)
     parameters: ParameterState | None = None
+    cross_entropy: CrossEntropy | None = None
+    dropout: KeyedDropoutState | None = None
+    computes: RankCompute | None = None
 
     def parameter_state(self) -> ParameterState:
         assert self.parameters is not None, "phase shard_state has not been applied yet"

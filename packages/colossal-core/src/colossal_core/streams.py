@@ -24,5 +24,5 @@ class ModelRandom:
 
     def seed(self, step: int, first_sample: int, sample_ids: torch.Tensor) -> None:
         """sample_ids: [micro] int64, indices within the global batch, of which first_sample is the first."""
-        self.dropout.set(self._seed, step, sample_ids)
+        self.dropout.set(self._seed, step, sample_ids, first_sample=first_sample)
         seed_fused(self._seed, step, first_sample)

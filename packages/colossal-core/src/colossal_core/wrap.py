@@ -18,6 +18,7 @@ from colossal_core.modules import ParameterSlots, cast_buffers, settle_buffers
 from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import Plan, check_fingerprints
 from colossal_core.precision import LossScale, precision_of
+from colossal_core.rank_compute import COMPUTE_PHASES, AsItIs, hook_ids
 from colossal_core.runner import PlainRunner
 from colossal_core.schedule import SavedScheduler, own_schedule_problems, rates_from_config
 from colossal_core.step import StepEngine
@@ -72,22 +73,28 @@ def wrap(
     context = _context(model, plan, anatomy, collectives, ops)
     random = ModelRandom(model, plan.config.train.seed)
     context.replayed.append(random.dropout)
+    context.dropout = random.dropout
     real = {fact.full_name: model.get_parameter(fact.full_name).detach() for fact in anatomy.parameters}
+    own_hooks = hook_ids(model)
     for phase in Phase:
         if phase is Phase.OPTIMIZER:
             break
         for strategy in strategies:
             if strategy.phase is phase:
                 strategy.apply(model, plan, context)
+        if phase is COMPUTE_PHASES[-1]:
+            context.computes = AsItIs(hook_ids(model) - own_hooks, context.cross_entropy)
         if phase is Phase.SHARD_STATE and context.parameters is None:
-            context.parameters = LocalState(context.slots, plan.layouts, context.precision, context.device)
+            context.parameters = LocalState(
+                context.slots, plan.layouts, context.precision, context.device, plan.mesh, context.coordinate
+            )
     _materialise(model, context, real, parts.values)
     install_gathering(model, plan, anatomy, context.parameter_state())
     optimizer = build_optimizer(parts.optimizer, plan.config, specs, context)
     for strategy in strategies:
         if strategy.phase is Phase.OPTIMIZER:
             strategy.apply(model, plan, context)
-    loss_owner = LossOwner(anatomy, context.ops, parts.loss_fn)
+    loss_owner = LossOwner(anatomy, context.ops, parts.loss_fn, context.cross_entropy)
     set_rates: Callable[[int], None] = _keep_rates
     if parts.optimizer is None:
         set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)

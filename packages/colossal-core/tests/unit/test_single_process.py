@@ -68,6 +68,7 @@ def test_differentiable_collectives_are_the_identity_both_ways(alone: Collective
         alone.replicate,
         alone.all_gather,
         alone.reduce_scatter,
+        alone.own_range,
         alone.all_to_all,
         alone.broadcast,
     ):

@@ -119,7 +119,8 @@ class FlatBucket:
         """Sets master and compute copy of one parameter; the master from `full` itself, so that it keeps what the compute dtype drops."""
         shard = self.shards[position]
         with torch.no_grad():
-            local = torch.empty(self._shapes[position], dtype=self._master.dtype, device=self._compute.device)
+            # What only pads a dimension is in no piece of the parameter, and must be 0: it is computed with, and counted in norms.
+            local = torch.zeros(self._shapes[position], dtype=self._master.dtype, device=self._compute.device)
             take_local(local, full.to(local), self._pieces[position])
             if self._formats.stage < 3:
                 self._views[position].copy_(local)

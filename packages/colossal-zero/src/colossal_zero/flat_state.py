@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_core.errors import ColossalError
-from colossal_core.layout import ParameterLayout
+from colossal_core.layout import ParameterLayout, take_local
 from colossal_core.shards import Shard
 from colossal_zero.flat_bucket import FlatBucket
 from colossal_zero.formats import Formats, allocate_masters
@@ -38,7 +38,7 @@ class FlatState:
     """`colossal_core.shards.ParameterState` over flat buckets. early: units that the next forward pass can have gathered for it while the
     optimizer updates others, in the order in which it asks for them.
 
-    Stages 0 to 2 keep frozen parameters whole, in the compute dtype, and never send them.
+    Stages 0 to 2 keep frozen parameters as the forward pass sees them, in the compute dtype, and never send them.
     """
 
     def __init__(
@@ -110,8 +110,10 @@ class FlatState:
             bucket, position = self._place[full_name]
             bucket.fill(position, full)
         else:
+            shard, mesh = self._shards[full_name], self._collectives.mesh
             with torch.no_grad():
-                self._shards[full_name].parameter.copy_(full)
+                pieces = shard.layout.compute.pieces(mesh.coordinate(self._collectives.rank), mesh)
+                take_local(shard.parameter, full, pieces)
 
     # --- parameters
 
@@ -322,6 +324,6 @@ def _missing(full_name: str) -> str:
 def _kept_whole(layout: ParameterLayout, slots: ParameterSlots, formats: Formats, collectives: Collectives) -> Shard:
     shape = layout.compute.local_shape(collectives.mesh.coordinate(collectives.rank), collectives.mesh)
     dtype = slots.dtype(layout.full_name)
-    storage = torch.empty(shape, dtype=formats.compute if dtype.is_floating_point else dtype, device=collectives.device)
+    storage = torch.zeros(shape, dtype=formats.compute if dtype.is_floating_point else dtype, device=collectives.device)
     parameter = slots.place(layout.full_name, storage)
     return Shard(layout, parameter, parameter)

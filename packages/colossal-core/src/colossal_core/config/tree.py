@@ -127,7 +127,7 @@ def parse_config(data: Mapping[str, Any], config_class: type[TrainConfig]) -> Tr
     """The validated config.
 
     Raises: ConfigError with every problem at once: unknown keys (with the nearest known one), wrong types, impossible values, and sections
-    whose package is not installed.
+    whose package is not installed or does not bring them.
     """
     problems = list(_missing_packages(data, config_class))
     hidden = {problem.field for problem in problems}
@@ -163,12 +163,16 @@ def _missing_packages(data: Mapping[str, Any], config_class: type[TrainConfig]) 
         return
     section = _model_at(["parallel"], config_class)
     installed = section.model_fields if section is not None else {}
+    present = {PACKAGE_OF_SECTION.get(f"parallel.{name}") for name in installed}
     for name in parallel:
         package = PACKAGE_OF_SECTION.get(f"parallel.{name}")
-        if package is not None and name not in installed:
-            yield Problem(
-                f"parallel.{name}", f"needs the package {package}, which is not installed", f"pip install {package}"
-            )
+        if package is None or name in installed:
+            continue
+        if package in present:
+            yield Problem(f"parallel.{name}", f"the installed {package} does not bring this section", "remove it")
+        else:
+            reason = f"needs the package {package}, which is not installed"
+            yield Problem(f"parallel.{name}", reason, f"pip install {package}")
 
 
 def _problem(details: ErrorDetails, config_class: type[TrainConfig]) -> Problem:

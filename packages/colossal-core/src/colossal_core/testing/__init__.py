@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from colossal_core.testing.parity import RunRecord, RunSpec, record_run
     from colossal_core.testing.pool import RankError, WorkerPool
     from colossal_core.testing.suites import CheckpointSuite, OpSuite, StrategySuite
-    from colossal_core.testing.verification import Variant, VerifyReport, default_variants, verify
+    from colossal_core.testing.verification import Variant, VerifyReport, default_variants, model_size_of, verify
 
 __all__ = [
     "EXACT",
@@ -27,6 +27,7 @@ __all__ = [
     "WorkerPool",
     "compare",
     "default_variants",
+    "model_size_of",
     "record_run",
     "relative_difference",
     "table",
@@ -47,6 +48,7 @@ _MODULES = {
     "WorkerPool": "colossal_core.testing.pool",
     "compare": "colossal_core.testing.comparison",
     "default_variants": "colossal_core.testing.verification",
+    "model_size_of": "colossal_core.testing.verification",
     "record_run": "colossal_core.testing.parity",
     "relative_difference": "colossal_core.difference",
     "table": "colossal_core.testing.comparison",

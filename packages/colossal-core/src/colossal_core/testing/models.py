@@ -50,7 +50,7 @@ class Block(nn.Module):
     def __init__(self, options: TinyOptions) -> None:
         super().__init__()
         size = options.hidden_size
-        self.num_heads = options.num_heads
+        self.num_heads, self.head_size = options.num_heads, size // options.num_heads
         self.norm1 = nn.LayerNorm(size)
         self.query_key_value = nn.Linear(size, 3 * size)
         self.out = nn.Linear(size, size)
@@ -65,14 +65,11 @@ class Block(nn.Module):
         return added
 
     def _attention(self, x_BLD: torch.Tensor, mask_BLL: torch.Tensor) -> torch.Tensor:
-        batch, length, size = x_BLD.shape
-        heads = self.query_key_value(x_BLD).view(batch, length, 3, self.num_heads, size // self.num_heads)
+        heads = self.query_key_value(x_BLD).unflatten(-1, (3, -1, self.head_size))
         query_BHLK, key_BHLK, value_BHLK = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        scores_BHLL = query_BHLK @ key_BHLK.transpose(-1, -2) / math.sqrt(size // self.num_heads)
+        scores_BHLL = query_BHLK @ key_BHLK.transpose(-1, -2) / math.sqrt(self.head_size)
         scores_BHLL = scores_BHLL.masked_fill(~mask_BLL[:, None], -1.0e4)
-        mixed: torch.Tensor = self.out(
-            (scores_BHLL.softmax(-1) @ value_BHLK).transpose(1, 2).reshape(batch, length, size)
-        )
+        mixed: torch.Tensor = self.out((scores_BHLL.softmax(-1) @ value_BHLK).transpose(1, 2).flatten(2))
         return mixed
 
 

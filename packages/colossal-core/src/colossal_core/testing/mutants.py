@@ -16,7 +16,7 @@ import torch
 from colossal_core.collectives import DoneHandle
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.gradients import clip_factor
-from colossal_core.mesh import WORLD
+from colossal_core.mesh import LOSS_AXES, WORLD
 
 if TYPE_CHECKING:
     from colossal_core.collectives import Axes, Collectives, Handle, ReduceOp
@@ -255,8 +255,13 @@ def _accumulates(plan: Plan) -> bool:
     return _always(plan) and plan.batch.num_microbatches > 1
 
 
+def _shares_data(plan: Plan) -> bool:
+    return plan.mesh.size(LOSS_AXES) > 1
+
+
 def _clips(plan: Plan) -> bool:
-    return _always(plan) and plan.config.optimizer.max_grad_norm is not None
+    """Sums over tensor ranks alone are of a few vectors, mostly too short to be clipped."""
+    return _shares_data(plan) and plan.config.optimizer.max_grad_norm is not None
 
 
 def _is_adamw(plan: Plan) -> bool:
@@ -267,7 +272,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("forgotten-all-reduce", "one bucket of gradients is not summed over ranks", ReductionFault("first gradients", skip=True)),
     Mutant("doubled-gradient", "one bucket of gradients is summed twice", ReductionFault("first gradients", after=_double)),
     Mutant("mean-of-ranks", "gradients are averaged over ranks instead of summed", ReductionFault("gradients", after=_divide)),
-    Mutant("local-divisor", "each rank divides its loss by its own count", ReductionFault("items", skip=True, before=_multiply)),
+    Mutant("local-divisor", "each rank divides its loss by its own count", ReductionFault("items", skip=True, before=_multiply),
+           applies=_shares_data),
     Mutant("clip-before-sum", "each rank clips its gradients before they are summed", ReductionFault("gradients", before=_clip_alone),
            applies=_clips),
     Mutant("shard-off-by-one", "shards hold their neighbour's elements", hook=_shift_shards, applies=_is_sharded),

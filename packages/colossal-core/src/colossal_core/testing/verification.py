@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from colossal_core.mesh import DATA_AXES
+from colossal_core.plan import mesh_of
 from colossal_core.testing.comparison import Row, compare, table
 from colossal_core.testing.parity import RunRecord, RunSpec, oracle_of, record_run
 from colossal_core.testing.pool import RankError, WorkerPool
@@ -70,14 +72,16 @@ class VerifyReport:
         return "\n\n".join([*parts, f"{compared}: {verdict}"])
 
 
-def default_variants(world_size: int) -> tuple[Variant, ...]:
+def default_variants(world_size: int, model_size: int = 1) -> tuple[Variant, ...]:
     """The run as it is configured, with its own strategies and optimizer; then every stage with AdamW, some with SGD, two microbatches a
-    rank; one microbatch; parameters gathered once a step; hybrid sharding where the ranks divide by two.
+    rank; one microbatch; parameters gathered once a step; hybrid sharding where the ranks of different data divide by two.
 
-    Every rank has two sequences a step.
+    model_size: ranks that the run's own config gives one and the same data (the size of `parallel.tensor`; `model_size_of`). Together they
+    have two sequences a step.
     """
-    batch = {"batch": {"global_size": 2 * world_size, "micro_size": 1}}
-    whole = {"batch": {"global_size": 2 * world_size, "micro_size": 2}}
+    data_size = world_size // model_size
+    batch = {"batch": {"global_size": 2 * data_size, "micro_size": 1}}
+    whole = {"batch": {"global_size": 2 * data_size, "micro_size": 2}}
 
     def variant(name: str, zero: Mapping[str, Any], optimizer: Mapping[str, Any], cut: Mapping[str, Any]) -> Variant:
         return Variant(name, {**cut, "parallel.zero": dict(zero), "optimizer": dict(optimizer)})
@@ -89,11 +93,17 @@ def default_variants(world_size: int) -> tuple[Variant, ...]:
     variants.append(variant("stage 1, AdamW, 1 microbatch", {"stage": 1}, ADAMW, whole))
     once = {"stage": 3, "keep_parameters": "step"}
     variants.append(variant("stage 3 gathered once a step, AdamW, 2 microbatches", once, ADAMW, batch))
-    if world_size % 2 == 0 and world_size > 2:
+    if data_size % 2 == 0 and data_size > 2:
         for stage in (1, 3):
             hybrid = {"stage": stage, "replicate": 2}
             variants.append(variant(f"stage {stage} in 2 copies, AdamW, 2 microbatches", hybrid, ADAMW, batch))
     return tuple(variants)
+
+
+def model_size_of(axis_sizes: Mapping[str, int], world_size: int) -> int:
+    """How many ranks have the same data, of the sizes of axes that a config asks for. Raises: ConfigError where the ranks do not divide."""
+    mesh = mesh_of({axis: size for axis, size in axis_sizes.items() if axis not in DATA_AXES}, world_size)
+    return world_size // mesh.size(DATA_AXES)
 
 
 def verify(spec: RunSpec, world_size: int, variants: Sequence[Variant], pool: WorkerPool) -> VerifyReport:

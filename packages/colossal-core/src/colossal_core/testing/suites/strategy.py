@@ -21,7 +21,7 @@ from colossal_core.testing.comparison import Row, compare, table
 from colossal_core.testing.models import TinyModel, TokenBatches
 from colossal_core.testing.parity import BatchBuilder, ModelBuilder, RunRecord, RunSpec, oracle_of, prepare
 from colossal_core.testing.pool import WorkerPool
-from colossal_core.testing.suites.measured import estimated_bytes
+from colossal_core.testing.suites.measured import estimated_bytes, estimated_bytes_of_all
 from colossal_core.testing.suites.sealed import SealedSuite
 from colossal_core.testing.suites.session import session_pool
 from colossal_core.testing.verification import ADAMW, SGD
@@ -197,13 +197,17 @@ class StrategySuite(SealedSuite, suite=True):
             _check(compare(RunRecord((step,), {}, {}, ""), RunRecord((after,), {}, {}, "")))
 
     def test_estimates_the_state_that_it_keeps(self, pool: WorkerPool, world_size: int) -> None:
-        """Of the whole parameter state where the strategy owns it, else of what it adds; on the fullest rank, in bf16."""
+        """Of the whole parameter state where the strategy owns or cuts it, else of what it adds; on the fullest rank, in bf16."""
         strategy, spec = self.strategy(world_size), self.spec(precision="bf16")
+        prepared = prepare(spec, world_size)
         measured = _fullest(pool.run(world_size, probes.observe, spec))
-        if not probes.owns_state(strategy.phase):
+        if strategy.phase is Phase.SHARD_COMPUTE:
+            estimated = estimated_bytes_of_all(prepared.strategies, prepared.plan)
+        else:
+            estimated = estimated_bytes(strategy, prepared.plan)
+        if strategy.phase not in (Phase.SHARD_COMPUTE, Phase.SHARD_STATE):
             before = _fullest(pool.run(world_size, probes.observe, self.without(spec)))
             measured = {column: size - before[column] for column, size in measured.items()}
-        estimated = estimated_bytes(strategy, prepare(spec, world_size).plan)
         for column, size in measured.items():
             distance = abs(estimated[column] - size)
             assert distance <= self.estimate_slack * size, (

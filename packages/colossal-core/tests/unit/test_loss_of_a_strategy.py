@@ -1,0 +1,85 @@
+"""A strategy that leaves logits cut brings its own cross-entropy, in training and in evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from colossal_core.anatomy import ModelAnatomy
+from colossal_core.collectives import SingleProcess
+from colossal_core.config import parse_config
+from colossal_core.examine import examine
+from colossal_core.loss import LossOwner
+from colossal_core.ops import build_op_table
+from colossal_core.plan import make_plan
+from colossal_core.plugins import discover
+from colossal_core.strategy import Phase
+from colossal_core.testing.models import Output, TinyModel, TokenBatches
+from colossal_core.testing.verification import default_variants, model_size_of
+from colossal_core.wrap import Parts, wrap
+
+
+class Logits(nn.Module):
+    def forward(self, logits: torch.Tensor) -> Output:
+        return Output(logits)
+
+
+def halves(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands for a loss over ranks."""
+    return logits.sum() / 2, (labels != -100).sum()
+
+
+def test_the_loss_owner_takes_it_for_the_op() -> None:
+    ops = build_op_table(discover([]).ops(), "cpu", "float64")
+    anatomy = ModelAnatomy("Logits", "masked-lm", (), (), forward_keys=("logits",))
+    batch = {"logits": torch.ones(2, 3, 5, dtype=torch.float64), "labels": torch.tensor([[1, 2, -100], [0, 4, 3]])}
+    own = LossOwner(anatomy, ops, None, halves)(Logits(), batch)
+    assert (float(own.sum), float(own.items)) == (15.0, 5.0)
+    usual = LossOwner(anatomy, ops, None)(Logits(), batch)
+    assert float(usual.sum) == pytest.approx(5 * math.log(5.0), abs=1e-12)
+    assert float(LossOwner(anatomy, ops, None, halves).with_ops(ops)(Logits(), batch).sum) == float(usual.sum)
+
+
+class SetsLoss(SimpleNamespace):
+    """A strategy that does nothing but that."""
+
+    def apply(self, model: nn.Module, plan: Any, context: Any) -> None:
+        context.cross_entropy = self.loss
+
+
+def test_it_is_used_in_training_and_in_evaluation() -> None:
+    calls: list[bool] = []
+
+    def counted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(torch.is_grad_enabled())
+        return halves(logits, labels)
+
+    plugins = discover([])
+    config = parse_config({"batch": {"global_size": 2}}, plugins.config_class())
+    model, ops = TinyModel()(), build_op_table(plugins.ops(), "cpu", "float32")
+    batch = TokenBatches()(0, 2)
+    anatomy = replace(examine(model, batch), task="causal-lm")
+    plan = make_plan(config, anatomy, (), {}, ops, world_size=1)
+    strategy: Any = SetsLoss(name="sets", phase=Phase.SHARD_COMPUTE, loss=counted)
+    collectives = SingleProcess(torch.device("cpu"))
+    trained = wrap(model, plan, anatomy, (strategy,), collectives, ops, plugins.optimizers(), Parts())
+    trained.train_step(batch)
+    trained.eval_step(batch)
+    assert calls == [True, False]
+
+
+def test_variants_keep_the_ranks_of_one_data_share_together() -> None:
+    assert model_size_of({"tp": 2, "dp_replicate": 2}, 8) == 2
+    assert model_size_of({}, 8) == 1
+    names = [variant.name for variant in default_variants(8, 2)]
+    assert any("in 2 copies" in name for name in names)
+    assert not any("in 2 copies" in variant.name for variant in default_variants(4, 2))
+    sizes = {variant.overrides["batch"]["global_size"] for variant in default_variants(8, 2)}
+    assert sizes == {8}
+    assert default_variants(4) == default_variants(4, 1)
