@@ -1,0 +1,105 @@
+"""Dropout where tensors are cut: keyed numbers are those of one process; numbers drawn in a kernel come again when recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="these are models of transformers")
+
+from colossal_core.testing import RunSpec, WorkerPool, compare, table
+from colossal_core.testing.parity import share_of_step, start
+from colossal_core.testing.probes import record
+
+if TYPE_CHECKING:
+    from colossal_core.collectives import Collectives
+
+Run = Callable[..., RunSpec]
+Exact = Callable[[RunSpec, int], None]
+
+STREAM: Mapping[str, Any] = {"resid_pdrop": 0.2, "embd_pdrop": 0.2}
+"""GPT-2 with dropout of the embeddings and of what every group adds to the stream."""
+PROBABILITIES: Mapping[str, Any] = {"attention_dropout": 0.2}
+"""Bloom with dropout of attention probabilities, in a module."""
+MODELS = {"gpt2": STREAM, "bloom": PROBABILITIES}
+COMPILED: Mapping[str, Any] = {
+    "compile": {"enabled": True, "backend": "aot_eager"},
+    "recompute": {"mode": "full"},
+}
+
+
+def dropping(run_of: Run, kind: str, size: int, *, sequence_parallel: bool, **sections: Any) -> RunSpec:
+    tensor = {"parallel.tensor": {"size": size, "sequence_parallel": sequence_parallel}}
+    return run_of(kind, {**tensor, **sections}, MODELS[kind], attention="eager")
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", MODELS)
+def test_keyed_numbers_are_those_of_one_process(
+    run_of: Run, exact: Exact, kind: str, size: int, sequence_parallel: bool
+) -> None:
+    """Three ranks have two, one and one of the heads."""
+    exact(dropping(run_of, kind, size, sequence_parallel=sequence_parallel), size)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_compiled_and_recomputed(run_of: Run, exact: Exact, kind: str) -> None:
+    exact(dropping(run_of, kind, 2, sequence_parallel=True, **COMPILED), 2)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_beside_data_parallel_ranks(run_of: Run, exact: Exact, kind: str) -> None:
+    pytest.importorskip("colossal_zero", reason="trains under stages of ZeRO")
+    zero = {"parallel.zero": {"stage": 1}, "batch.micro_size": 1}
+    exact(dropping(run_of, kind, 2, sequence_parallel=True, **zero), 4)
+
+
+def test_inside_a_part_that_is_computed_on_whole_sequences(run_of: Run, exact: Exact) -> None:
+    """Where a rule leaves the attention whole every rank drops the same there, of all positions."""
+    tensor = {"size": 2, "sequence_parallel": True, "rules": {"transformer.h.*.attn": "replicate"}}
+    exact(run_of("gpt2", {"parallel.tensor": tensor}, STREAM), 2)
+
+
+KERNELS: Mapping[str, Mapping[str, Any]] = {"llama": {"attention_dropout": 0.3}, "gpt2": {"attn_pdrop": 0.3}}
+"""Attention that hands its probability to the kernel: kept as a number, and in a dropout module."""
+
+
+def kernel_run(run_of: Run, kind: str, **sections: Any) -> RunSpec:
+    return run_of(kind, {"parallel.tensor": {"size": 2}, **sections}, KERNELS[kind])
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_numbers_of_a_kernel_come_again(pool: WorkerPool, run_of: Run, kind: str) -> None:
+    """Every rank ends with the same copies, whatever was thrown away and computed again."""
+    plain = pool.run(2, record, kernel_run(run_of, kind))
+    rows = compare(plain, plain[0], limit=0.0)
+    assert all(row.passed for row in rows), f"\n{table(rows)}"
+    rows = compare(pool.run(2, record, kernel_run(run_of, kind, recompute={"mode": "full"})), plain[0])
+    assert all(row.passed for row in rows), f"\n{table(rows)}"
+
+
+INSIDE = {"llama": "model.layers.0.self_attn.o_proj", "gpt2": "transformer.h.0.attn.c_proj"}
+OUTSIDE = {"llama": "model.layers.0.mlp", "gpt2": "transformer.h.0.mlp"}
+
+
+def drawn(collectives: Collectives, spec: RunSpec, places: tuple[str, str]) -> list[torch.Tensor]:
+    """What torch's generator gives at these modules of this rank, in order."""
+    trained = start(spec, collectives)
+    found: list[torch.Tensor] = []
+    for name in places:
+        trained.module.get_submodule(name).register_forward_pre_hook(lambda *arguments: found.append(torch.rand(3)))
+    trained.train_step(share_of_step(spec, trained.plan, collectives.rank, 0))
+    return found
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_ranks_draw_their_own_numbers_inside_and_the_same_outside(pool: WorkerPool, run_of: Run, kind: str) -> None:
+    first, second = pool.run(2, drawn, kernel_run(run_of, kind), (INSIDE[kind], OUTSIDE[kind]))
+    assert len(first) == len(second) == 4
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one, other) == (index % 2 == 1)
+    assert not torch.equal(first[0], first[2])
