@@ -5,9 +5,9 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from zero.contestants import config_of
-from zero.models import Shape, on_meta
-from zero.rows import Row
+from beside_peers.config import config_of
+from beside_peers.models import Shape, on_meta
+from beside_peers.rows import Row
 
 GIB = 2**30
 

@@ -1,19 +1,17 @@
-"""What one measurement is: a contestant, with its options, at one micro-batch."""
+"""What one measurement is: a contestant, with its options, at one number of sequences a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-PEERS = ("ddp", "fsdp2-z3", "fsdp2-z2")
-OURS = ("zero0", "zero1", "zero2", "zero3", "zero3-keep")
+from beside_peers.kinds import Contestant, kind_problems, read
 
 
 @dataclass(frozen=True)
 class Row:
-    """contestant: one of `PEERS` and `OURS`, and options of `parallel.zero` after plus signs (`zero3+prefetch=2`). micro_batch: sequences
-    a GPU and step. optimizer: a name of the config's `optimizer` section.
+    """contestant: a kind and its options, as `kinds.py` reads them (`zero3+prefetch=2`, `tp4+sequence_parallel=false`). micro_batch:
+    sequences a GPU and step. optimizer: a name of the config's `optimizer` section.
     """
 
     model: str
@@ -24,23 +22,17 @@ class Row:
     compiled: bool = True
 
     @property
-    def kind(self) -> str:
-        return self.contestant.split("+")[0]
+    def parsed(self) -> Contestant:
+        return read(self.contestant)
 
     @property
     def is_peer(self) -> bool:
-        return self.kind in PEERS
+        return self.parsed.is_peer
 
     @property
-    def zero_options(self) -> dict[str, Any]:
-        """The keys of `parallel.zero`."""
-        options: dict[str, Any] = {"stage": int(self.kind.removeprefix("zero")[0])}
-        if self.kind.endswith("-keep"):
-            options["keep_parameters"] = "microbatch"
-        for option in self.contestant.split("+")[1:]:
-            key, _, value = option.partition("=")
-            options[key] = int(value) if value.isdigit() else value
-        return options
+    def sequences_a_pass(self) -> int:
+        """Sequences of one forward pass on one rank: all that its tensor ranks have for a step, where nothing else is asked for."""
+        return self.parsed.micro or self.micro_batch * self.parsed.tensor_size
 
     @property
     def title(self) -> str:
@@ -53,18 +45,15 @@ class Row:
             parts.append("eager")
         return ", ".join(parts)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, str | int | bool]:
         return asdict(self)
 
 
-def problems(rows: Sequence[Row]) -> list[str]:
+def problems(rows: Sequence[Row], processes: int) -> list[str]:
     """What cannot be measured at all, found before anything starts."""
     found = []
     for row in rows:
-        if row.kind not in PEERS + OURS:
-            found.append(f"--contestants: {row.kind} is none of {', '.join(PEERS + OURS)}")
-        elif row.is_peer and "+" in row.contestant:
-            found.append(f"--contestants: {row.contestant}: only ours have options of parallel.zero")
+        found += [f"--contestants: {row.contestant}: {problem}" for problem in kind_problems(row.contestant, processes)]
         if row.recompute not in ("none", "full"):
             found.append(f"--recompute: {row.recompute} is neither none nor full")
     return list(dict.fromkeys(found))
@@ -79,12 +68,12 @@ def all_rows(
     compiled: Sequence[bool],
 ) -> list[Row]:
     """Every combination, micro-batch by micro-batch, so that a run that ends early has compared something. Peers run AdamW only."""
-    return [
+    rows = [
         Row(model, contestant, size, optimizer, mode, is_compiled)
         for size in micro_batches
         for is_compiled in compiled
         for mode in recompute
         for optimizer in optimizers
         for contestant in contestants
-        if optimizer == "adamw" or contestant.split("+")[0] not in PEERS
     ]
+    return [row for row in rows if row.optimizer == "adamw" or not row.is_peer]

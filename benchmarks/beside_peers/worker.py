@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from zero.contestants import Contestant, World, build, cudnn_attention_first
-from zero.estimate import estimated_peak
-from zero.measure import Timing, Tokens, allocated_gib, measure, over_ranks
-from zero.models import shapes
-from zero.overlap import profile
-from zero.rows import Row
+from beside_peers.contestants import Contestant, build, cudnn_attention_first
+from beside_peers.estimate import estimated_peak
+from beside_peers.measure import Timing, allocated_gib, measure, over_ranks
+from beside_peers.models import shapes
+from beside_peers.overlap import profile
+from beside_peers.rows import Row
+from beside_peers.tokens import Tokens
+from beside_peers.world import World, join
 
 RESTART = 75
 """Exit status: memory of a finished row was not given back, so the next one starts in new processes."""
@@ -83,7 +85,7 @@ def work(task: Task) -> None:
     events = Events(task.events, int(os.environ["RANK"]))
     index = 0
     try:
-        world = _join()
+        world = join()
         gc.collect()
         gc.freeze()  # what the imports made is not looked at again in the middle of a step
         if world.rank == 0:
@@ -116,7 +118,7 @@ def _run(row: Row, task: Task, world: World) -> dict[str, Any]:
         contestant = build(row, shape, world)
         _give_back()  # what building needed for a moment is not held against the steps
         build_seconds = time.perf_counter() - started
-        tokens = Tokens(shape, row.micro_batch, world)
+        tokens = Tokens(shape, row.micro_batch, world, row.parsed.tensor_size)
         result = measure(contestant, tokens, shape, world, task.timing, row.micro_batch)
         result |= {"build_seconds": build_seconds, "graphs": int(counters["stats"]["unique_graphs"])}
         if row.contestant in task.profiled and world.device.type == "cuda":
@@ -130,24 +132,6 @@ def _run(row: Row, task: Task, world: World) -> dict[str, Any]:
 
 def _profile(contestant: Contestant, tokens: Tokens, world: World) -> dict[str, Any] | None:
     return profile(lambda: contestant.step(tokens.draw()), PROFILED_STEPS, record=world.rank == 0)
-
-
-def _join() -> World:
-    """The group that the library joins serves the peers too; for one process it makes none, and they get one here."""
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from colossal_launch import launch
-
-    ranks = launch()
-    if not dist.is_initialized():
-        backend = dist.get_default_backend_for_device(ranks.device)
-        if ranks.device.type == "cuda":
-            torch.cuda.set_device(ranks.device)
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    return World(ranks.rank, ranks.world_size, ranks.device, mesh)
 
 
 def _free() -> None:

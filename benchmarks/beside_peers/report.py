@@ -8,22 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zero.models import PEAK_FLOPS, Shape
-from zero.rows import Row
+from beside_peers.models import PEAK_FLOPS, Shape
+from beside_peers.rows import Row
 
-COLUMNS = (
-    "contestant", "mb", "tokens/s/GPU", "MFU", "x best peer", "step ms (min - max)", "peak GiB", "reserved", "built",
-    "between", "estimate", "loss first -> last", "build + warm-up s", "graphs",
-)  # fmt: skip
+AGREEMENT = 1e-3
+"""Losses of bfloat16 runs agree in three digits."""
 
 
 @dataclass
 class Report:
-    """Everything that a run found. given: what it was asked for, its date among it."""
+    """Everything that a run found. given: what it was asked for, its date among it. beside: the contestant that rates are compared with;
+    "" for the fastest peer.
+    """
 
     shape: Shape
     given: Mapping[str, Any]
     path: Path
+    beside: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     rows: list[tuple[Row, dict[str, Any]]] = field(default_factory=list)
 
@@ -47,14 +48,43 @@ class Report:
                 "mfu": self.shape.formula,
                 "peak_flops": dict(PEAK_FLOPS),
                 "tokens_per_second_per_gpu": "micro-batch x sequence length / median step, slowest rank of each step",
+                "peak GiB": "of torch's allocator, highest rank; other: CUDA, NCCL and symmetric memory outside it",
                 "hidden": "time of communication kernels during which a computing kernel ran on the same GPU / their time",
             },
-            "rows": [{**row.as_dict(), "title": row.title, **result} for row, result in self.rows],
+            "largest_difference_of_first_losses": self.loss_difference(),
+            "rows": [self._row(row, result) for row, result in self.rows],
         }
         self.path.write_text(json.dumps(found, indent=1))
 
-    def best_peer(self, beside: Row) -> float | None:
-        """Tokens a second and GPU of the fastest peer so far at a row's micro-batch, recomputation and compilation."""
+    @staticmethod
+    def _row(row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
+        return {**row.as_dict(), "title": row.title, "is_peer": row.is_peer, **result}
+
+    def compared_with(self, row: Row) -> float | None:
+        """Tokens a second and GPU of the contestant that a row is held beside, at its micro-batch, recomputation and compilation."""
+        if not self.beside:
+            return self._best_peer(row)
+        same = replace(row, contestant=self.beside, optimizer="adamw")
+        found = [result for other, result in self.rows if other == same and "failed" not in result]
+        return found[0]["tokens_per_second_per_gpu"] if found else None
+
+    def loss_difference(self) -> float:
+        """The largest difference between the losses of the first steps of rows that train the same, over their size."""
+        largest = 0.0
+        for _, losses in self._first_losses():
+            for step in zip(*losses, strict=True):
+                largest = max(largest, (max(step) - min(step)) / abs(step[0]))
+        return largest
+
+    def _first_losses(self) -> list[tuple[Row, list[list[float]]]]:
+        """Of the rows that train the same: everything alike but the contestant."""
+        groups: dict[Row, list[list[float]]] = {}
+        for row, result in self.rows:
+            if "failed" not in result:
+                groups.setdefault(replace(row, contestant=""), []).append(result["losses_first"])
+        return list(groups.items())
+
+    def _best_peer(self, beside: Row) -> float | None:
         rates = [
             result["tokens_per_second_per_gpu"]
             for row, result in self.rows
@@ -69,7 +99,7 @@ class Report:
         print(self.head(), flush=True)
         for row, result in self.rows:
             print(self._line(row, result))
-        for line in self._optimizer_lines():
+        for line in [*self._optimizer_lines(), *self._loss_lines()]:
             print(line)
         for row, result in self.rows:
             if result.get("profile"):
@@ -88,13 +118,29 @@ class Report:
                 lines.append(f"{row.title}, micro-batch {row.micro_batch}: {taken / base:.3f} x AdamW's step")
         return lines
 
+    def _loss_lines(self) -> list[str]:
+        """The losses of the first steps, which everybody has in common."""
+        lines = []
+        for row, losses in self._first_losses():
+            ranges = [f"{min(step):.4f} to {max(step):.4f}" for step in zip(*losses, strict=True)]
+            lines.append(
+                f"losses of the first steps, {row.optimizer}, micro-batch {row.micro_batch}: {', '.join(ranges)}"
+            )
+        agree = "they agree in three digits" if self.loss_difference() <= AGREEMENT else "THEY DIFFER"
+        return [*lines, f"largest difference between contestants {self.loss_difference():.1e}: {agree}"]
+
     def head(self) -> str:
-        return f"| {' | '.join(COLUMNS)} |\n|{'|'.join(['---', *['---:'] * (len(COLUMNS) - 1)])}|"
+        columns = (
+            "contestant", "mb", "tokens/s/GPU", "MFU", f"x {self.beside or 'best peer'}", "step ms (min - max)", "peak GiB", "reserved",
+            "other", "built", "between", "estimate", "hidden", "loss first -> last", "build + warm-up s", "graphs",
+        )  # fmt: skip
+        return f"| {' | '.join(columns)} |\n|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"
 
     def _line(self, row: Row, result: Mapping[str, Any]) -> str:
         if "failed" in result:
             return f"| {row.title} | {row.micro_batch} | {result['failed']}: {result['message'][:200]} |"
-        best = self.best_peer(row)
+        best = self.compared_with(row)
+        hidden = (result.get("profile") or {}).get("communication", {}).get("hidden")
         rate, peak = result["tokens_per_second_per_gpu"], result["peak_allocated_gib"]
         estimate = result.get("estimated_peak_gib")
         milliseconds = [1e3 * result[key] for key in ("step_seconds", "step_seconds_min", "step_seconds_max")]
@@ -107,9 +153,11 @@ class Report:
             "{:.1f} ({:.1f} - {:.1f})".format(*milliseconds),
             f"{peak:.2f}",
             f"{result['peak_reserved_gib']:.2f}",
+            f"{result['beside_allocator_gib']:.2f}",
             f"{result['built_gib']:.2f}",
             f"{result['between_steps_gib']:.2f}",
             f"{estimate:.2f} ({_ratio(estimate, peak)})" if estimate is not None else "-",
+            f"{hidden:.0%}" if hidden is not None else "-",
             f"{result['loss_first']:.4f} -> {result['loss_last']:.4f}",
             f"{result['build_seconds']:.1f} + {result['warmup_seconds']:.1f}",
             str(result["graphs"]),

@@ -3,6 +3,9 @@
 Every kernel is an interval on the device's time line. Hidden is the time of communication kernels during which a computing kernel ran on
 the same GPU; what is left is exposed. A communication kernel's time includes waiting for the other ranks, so a late rank shows as exposed
 time on the others. Copies and casts do not count as computation.
+
+Symmetric memory sends by copies from another GPU's memory, with signals around them. A trace may call such a copy one inside the device; it
+is told by its rate, which over NVLink stays under a third of what the slowest large copy in local memory reaches.
 """
 
 from __future__ import annotations
@@ -16,13 +19,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 Interval = tuple[float, float]
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "other communication", "copy", "compute"]
-COMMUNICATION: tuple[Kind, ...] = ("all-gather", "reduce-scatter", "all-reduce", "other communication")
+Kind = Literal[
+    "all-gather", "reduce-scatter", "all-reduce", "other communication", "peer copy", "peer signal", "copy", "compute"
+]
+COMMUNICATION: tuple[Kind, ...] = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "other communication",
+    "peer copy",
+    "peer signal",
+)
 _NCCL: Mapping[str, Kind] = {
     "AllGather": "all-gather",
     "ReduceScatter": "reduce-scatter",
     "AllReduce": "all-reduce",
 }
+_SIGNAL_WORDS = ("barrier_kernel", "put_signal", "wait_signal", "stream_write_value", "stream_wait_value")
+PEER_COPY_BYTES = 2**20
+PEER_COPY_RATE = 600e9
+"""Bytes a second. NVLink carries 450e9 in one direction on an H200; a copy of a MiB or more inside it moves at 1.5e12 and more."""
 _COPY_WORDS = (
     "memcpy",
     "memset",
@@ -40,11 +56,19 @@ _TRITON_COPY = re.compile(
 
 @dataclass(frozen=True)
 class Kernel:
-    """One interval of work on the device, in microseconds."""
+    """One interval of work on the device, in microseconds. copied_bytes: of a copy by the device's copy engines."""
 
     name: str
     start: float
     end: float
+    copied_bytes: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """What it is for: by its name, and a copy by its rate too."""
+        seconds = 1e-6 * (self.end - self.start)
+        large = self.copied_bytes >= PEER_COPY_BYTES and "DtoD" in self.name
+        return "peer copy" if large and self.copied_bytes < PEER_COPY_RATE * seconds else kind_of(self.name)
 
 
 def kind_of(name: str) -> Kind:
@@ -52,6 +76,10 @@ def kind_of(name: str) -> Kind:
     if "nccl" in name.lower():
         return next((kind for part, kind in _NCCL.items() if part in name), "other communication")
     low = name.lower()
+    if "memcpy ptop" in low:
+        return "peer copy"
+    if any(word in low for word in _SIGNAL_WORDS):
+        return "peer signal"
     if any(word in low for word in _COPY_WORDS) or _TRITON_COPY.match(low):
         return "copy"
     return "compute"
@@ -90,7 +118,7 @@ def analyse(kernels: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
     by_kind: dict[Kind, list[Interval]] = {}
     count: dict[Kind, int] = {}
     for kernel in kernels:
-        kind = kind_of(kernel.name)
+        kind = kernel.kind
         by_kind.setdefault(kind, []).append((kernel.start, kernel.end))
         count[kind] = count.get(kind, 0) + 1
     compute = union(by_kind.get("compute", []))
@@ -125,15 +153,15 @@ def analyse(kernels: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
 
 def _longest(kernels: Sequence[Kernel], num_steps: int, number: int = 16) -> list[dict[str, Any]]:
     """The names that take most time: what to look at next."""
-    totals: dict[str, list[float]] = {}
+    totals: dict[tuple[str, Kind], list[float]] = {}
     for kernel in kernels:
-        found = totals.setdefault(kernel.name[:120], [0.0, 0.0])
+        found = totals.setdefault((kernel.name[:120], kernel.kind), [0.0, 0.0])
         found[0] += kernel.end - kernel.start
         found[1] += 1
     order = sorted(totals.items(), key=lambda item: -item[1][0])[:number]
     return [
-        {"name": name, "kind": kind_of(name), "ms": total / 1e3 / num_steps, "kernels": count / num_steps}
-        for name, (total, count) in order
+        {"name": name, "kind": kind, "ms": total / 1e3 / num_steps, "kernels": count / num_steps}
+        for (name, kind), (total, count) in order
     ]
 
 
@@ -142,7 +170,12 @@ def read_trace(path: Path) -> list[Kernel]:
     events = json.loads(path.read_text())["traceEvents"]
     categories = ("kernel", "gpu_memcpy", "gpu_memset")
     return [
-        Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        Kernel(
+            event["name"],
+            float(event["ts"]),
+            float(event["ts"]) + float(event["dur"]),
+            int(event.get("args", {}).get("bytes", 0)) if event["cat"] == "gpu_memcpy" else 0,
+        )
         for event in events
         if event.get("cat") in categories and "dur" in event
     ]

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from zero.rows import Row
-from zero.worker import RESTART, Task, launch_arguments
+from beside_peers.rows import Row
+from beside_peers.worker import RESTART, Task, launch_arguments
 
 GRACE_SECONDS = 2.0
 START_SECONDS = 150.0

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from zero.contestants import Contestant, World
-from zero.models import PEAK_FLOPS, Shape
+from beside_peers.contestants import Contestant
+from beside_peers.models import PEAK_FLOPS, Shape
+from beside_peers.tokens import Tokens
+from beside_peers.world import World
 
 GIB = 2**30
+NUM_FIRST_LOSSES = 3
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,6 @@ class Timing:
 
     warmup_steps: int = 4
     timed_steps: int = 10
-
-
-class Tokens:
-    """Fresh random ids [B, T] on the device for every step, from one stream a rank: the same for every contestant."""
-
-    def __init__(self, shape: Shape, micro_batch: int, world: World) -> None:
-        self._size = (micro_batch, shape.sequence_length)
-        self._vocab = shape.counted_vocab
-        self._generator = torch.Generator(world.device)
-        self._generator.manual_seed(1000 + world.rank)
-
-    def draw(self) -> torch.Tensor:
-        device = self._generator.device
-        return torch.randint(0, self._vocab, self._size, generator=self._generator, device=device)
 
 
 class Clock:
@@ -84,7 +73,9 @@ def measure(
     wall = (time.perf_counter() - started) / timing.timed_steps
     peak, reserved = _peaks(world.device)
     memory = over_ranks([peak, reserved, warmup_peak, between, allocated_built], world, dist.ReduceOp.MAX)
-    means = over_ranks([float(loss) for loss in (losses[0], losses[-1])], world, dist.ReduceOp.SUM)
+    beside = over_ranks([beside_allocator_gib(world.device)], world, dist.ReduceOp.MAX)[0]
+    told = [*losses[:NUM_FIRST_LOSSES], losses[-1]]
+    means = [total / world.size for total in over_ranks([float(loss) for loss in told], world, dist.ReduceOp.SUM)]
     return {
         "step_seconds": statistics.median(seconds),
         "step_seconds_min": min(seconds),
@@ -97,8 +88,10 @@ def measure(
         "warmup_peak_gib": memory[2],
         "between_steps_gib": memory[3],
         "built_gib": memory[4],
-        "loss_first": means[0] / world.size,
-        "loss_last": means[1] / world.size,
+        "beside_allocator_gib": beside,
+        "losses_first": means[:-1],
+        "loss_first": means[0],
+        "loss_last": means[-1],
     }
 
 
@@ -127,6 +120,16 @@ def over_ranks(values: list[float], world: World, op: Any) -> list[float]:
 
 def allocated_gib(device: torch.device) -> float:
     return torch.cuda.memory_allocated() / GIB if device.type == "cuda" else 0.0
+
+
+def beside_allocator_gib(device: torch.device) -> float:
+    """What this process holds of the device outside torch's allocator: CUDA's context, NCCL's buffers, symmetric memory. What earlier rows
+    of the same processes made stays in it.
+    """
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free - torch.cuda.memory_reserved(device)) / GIB
 
 
 def _peaks(device: torch.device) -> tuple[float, float]:

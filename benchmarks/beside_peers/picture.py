@@ -47,7 +47,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], titles: list[str], sizes: list
     for row in rows:
         place = sizes.index(row["micro_batch"])
         middle = titles.index(row["title"]) + (place - (len(sizes) - 1) / 2) * thickness
-        colours = OUR_COLOURS if row["contestant"].startswith("zero") else PEER_COLOURS
+        colours = PEER_COLOURS if row["is_peer"] else OUR_COLOURS
         value = row.get(key)
         label = f" mb {row['micro_batch']}: " + (row["failed"] if value is None else form.format(value))
         if value is not None:
