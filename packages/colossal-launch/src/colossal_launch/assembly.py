@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from colossal_core.errors import Problem
     from colossal_core.ops import OpTable
     from colossal_core.plan import Plan
+    from colossal_core.specimen import Specimen
     from colossal_core.strategy import Strategy
 
 
@@ -85,7 +86,8 @@ def assemble(
     problems = list(known_problems)
     if not own_optimizer:
         problems += optimizer_problems(config, setup.plugins.optimizers())
-    anatomy = examine(model, example_batch if example_batch is not None else example_batch_of(config))
+    example = example_batch if example_batch is not None else example_batch_of(config)
+    anatomy = examine(model, example, factory_specimen(config, example))
     if own_loss:
         anatomy = replace(anatomy, auxiliary_loss=False, own_loss=True)
     dtype = str(precision_of(config).compute).removeprefix("torch.")
@@ -97,6 +99,16 @@ def assemble(
     master_bytes = precision_of(config).master.itemsize
     state_bytes = spec.state_bytes(config.optimizer, master_bytes) if spec is not None else 2.0 * master_bytes
     return Assembly(plan, anatomy, strategies, ops, state_bytes)
+
+
+def factory_specimen(config: TrainConfig, example: Mapping[str, torch.Tensor] | None) -> Specimen | None:
+    """The small model that the user's own factory makes with `model.verify_config`; None where core makes one by rule."""
+    section = config.model
+    if section is None or section.factory is None or section.verify_config is None or example is None:
+        return None
+    from colossal_launch.models.factory_specimen import FactorySpecimen
+
+    return FactorySpecimen(section.factory, {**section.config, **section.verify_config}, example)
 
 
 def example_batch_of(config: TrainConfig) -> Mapping[str, torch.Tensor] | None:

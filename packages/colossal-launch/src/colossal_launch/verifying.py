@@ -38,8 +38,8 @@ class ShrunkModel:
     def config(self) -> Any:
         """The shrunk transformers config, and dropout inside attention turned off."""
         from colossal_core.config import ModelConfig
+        from colossal_core.small_config import shrink_config
         from colossal_launch.models.architecture import make_config
-        from colossal_launch.models.shrink import shrink_config
 
         section = ModelConfig.model_validate_json(self.settings)
         if section.architecture is not None:
@@ -59,7 +59,8 @@ class ShrunkModel:
 
     def build(self) -> tuple[nn.Module, tuple[str, ...]]:
         """The model, and what of its attention modules had a dropout that is now 0 (T5 has one config key for all dropouts)."""
-        from colossal_launch.models.architecture import quiet_transformers, training_class
+        from colossal_core.quiet import quiet_transformers
+        from colossal_launch.models.architecture import training_class
 
         small = self.config()
         with quiet_transformers():

@@ -1,4 +1,4 @@
-"""The benchmark beside torch's DDP and FSDP2, run small on the CPU: it compares like with like, and survives a row that fails."""
+"""The benchmarks beside torch's own strategies, run small on the CPU: they compare like with like, and survive a row that fails."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def tensor_benchmark(benchmark: Path) -> Path:
+    return benchmark.with_name("tensor_vs_peers.py")
+
+
+@pytest.fixture
 def overlap(benchmark: Path) -> ModuleType:
     del benchmark
-    return importlib.import_module("zero.overlap")
+    return importlib.import_module("beside_peers.overlap")
 
 
-def run(benchmark: Path, out: Path, *options: str) -> tuple[str, list[dict[str, object]]]:
-    """Two ranks, a tiny GPT-2. Returns what was printed, and the rows of the report."""
+def run(benchmark: Path, out: Path, *options: str, model: str = "tiny") -> tuple[str, list[dict[str, object]]]:
+    """Two ranks, a tiny model. Returns what was printed, and the rows of the report."""
     command = [
         sys.executable,
         str(benchmark),
         "--model",
-        "tiny",
+        model,
         "--processes",
         "2",
         "--micro-batches",
@@ -45,8 +50,9 @@ def run(benchmark: Path, out: Path, *options: str) -> tuple[str, list[dict[str, 
     ]
     command += ["--warmup-steps", "1", "--timed-steps", "2", "--out", str(out), *options]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert (out / "tiny.json").exists(), finished.stdout + finished.stderr
-    return finished.stdout, json.loads((out / "tiny.json").read_text())["rows"]
+    report = out / f"{model}.json"
+    assert report.exists(), finished.stdout + finished.stderr
+    return finished.stdout, json.loads(report.read_text())["rows"]
 
 
 @pytest.mark.slow
@@ -61,6 +67,68 @@ def test_contestants_train_alike_and_one_that_fails_is_reported(benchmark: Path,
         found = [float(str(row[key])) for row in trained]
         assert max(found) - min(found) < 4e-3, f"bfloat16 keeps 8 bits: {key} {found}"
     assert (tmp_path / "tiny.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_tensor_ranks_train_the_same_sequences(tensor_benchmark: Path, tmp_path: Path) -> None:
+    pytest.importorskip("colossal_tensor")
+    contestants = ["fsdp2-z3", "torch-tp2", "tp2", "tp2+sequence_parallel=false", "tp2+micro=2"]
+    printed, rows = run(tensor_benchmark, tmp_path, "--contestants", ",".join(contestants), model="tiny-llama")
+    assert [row.get("failed") for row in rows] == [None] * len(contestants), printed
+    first: list[list[float]] = [list(map(float, row["losses_first"])) for row in rows]  # type: ignore[call-overload]
+    for step in zip(*first, strict=True):
+        assert max(step) - min(step) < 2e-3, f"bfloat16 keeps 8 bits: {first}"
+    assert "they agree in three digits" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_size", "sections"),
+    [
+        ("zero3+prefetch=2", 1, {"zero": {"stage": 3, "prefetch": 2}}),
+        ("zero3-keep", 1, {"zero": {"stage": 3, "keep_parameters": "microbatch"}}),
+        ("tp4+sequence_parallel=false", 4, {"tensor": {"size": 4, "sequence_parallel": False}}),
+        (
+            "tp2-zero1+overlap=plain+zero.bucket_bytes=99",
+            2,
+            {"tensor": {"size": 2, "overlap": "plain"}, "zero": {"stage": 1, "bucket_bytes": 99}},
+        ),
+    ],
+)
+def test_options_follow_a_name(benchmark: Path, name: str, tensor_size: int, sections: dict[str, object]) -> None:
+    del benchmark
+    row = importlib.import_module("beside_peers.rows").Row("tiny", name, 2)
+    config = importlib.import_module("beside_peers.config").config_of(row, 4)
+    assert config["parallel"] == sections
+    assert config["batch"] == {"global_size": 8, "micro_size": 2 * tensor_size}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("ddp+bucket=1", "ddp has no option bucket"),
+        ("tp3", "3 tensor ranks do not divide 4 processes"),
+        (
+            "zero4",
+            "zero4 is none of ddp, fsdp2-z3, fsdp2-z2, torch-tpN, torch-tpN-async, zeroS, zero3-keep, tpN and tpN-zeroS "
+            "(S: a stage, 0 to 3)",
+        ),
+    ],
+)
+def test_names_that_stand_for_nothing(benchmark: Path, name: str, problem: str) -> None:
+    del benchmark
+    assert importlib.import_module("beside_peers.kinds").kind_problems(name, 4) == [problem]
+
+
+def test_copies_from_other_gpus_are_communication(overlap: ModuleType) -> None:
+    megabyte = 10**6
+    kernels = [
+        overlap.Kernel("Memcpy DtoD (Device -> Device)", 0.0, 100.0, 35 * megabyte),
+        overlap.Kernel("Memcpy DtoD (Device -> Device)", 100.0, 120.0, 35 * megabyte),
+        overlap.Kernel("Memcpy PtoP (Device -> Device)", 120.0, 130.0, 10),
+        overlap.Kernel("Memcpy HtoD (Pinned -> Device)", 130.0, 330.0, 10 * megabyte),
+        overlap.Kernel("void c10d::symmetric_memory::barrier_kernel(...)", 330.0, 331.0),
+    ]
+    assert [kernel.kind for kernel in kernels] == ["peer copy", "copy", "peer copy", "copy", "peer signal"]
 
 
 def test_hidden_communication_is_what_computation_covers(overlap: ModuleType) -> None:
@@ -106,6 +174,7 @@ def test_kernels_by_name(overlap: ModuleType, name: str, kind: str) -> None:
 
 def test_flops_of_the_models_are_those_of_the_peers_table(benchmark: Path) -> None:
     del benchmark
-    shapes = importlib.import_module("zero.models").shapes()
+    shapes = importlib.import_module("beside_peers.models").shapes()
     assert f"{shapes['gpt2-1.5b'].flops_per_token:.5g}" == "1.0274e+10"
     assert f"{shapes['llama-8b'].flops_per_token:.5g}" == "5.7913e+10"
+    assert f"{shapes['llama-8b-4096'].flops_per_token:.5g}" == "5.147e+10"

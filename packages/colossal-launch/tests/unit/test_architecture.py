@@ -167,3 +167,10 @@ def test_shrinking_keeps_the_kind_and_takes_overrides() -> None:
     assert small.layer_types == ["sliding_attention", "full_attention"]
     assert small.final_logit_softcapping == config.final_logit_softcapping
     assert config.hidden_size == 2304
+
+
+@pytest.mark.parametrize("architecture", ["seed_oss", "glm4_moe", "glm4_moe_lite", "reformer"])
+def test_a_default_config_is_not_the_users_mistake(architecture: str) -> None:
+    """Heads with a width of their own need not divide the hidden size."""
+    config = make_config(architecture, {}, vocab_size=None, eos_id=None)
+    assert config.hidden_size % config.num_attention_heads

@@ -162,6 +162,13 @@ CASES = (
             "colossal-tensor\n"
         ),
         setting("parallel.tensor.size=2"),
+        {"COLOSSAL_PLUGINS": "comm"},
+    ),
+    Case(
+        "section that its package does not bring",
+        "error: parallel.expert: the installed colossal-tensor does not bring this section: remove it\n",
+        setting("parallel.expert.size=2"),
+        needs="colossal_tensor",
     ),
     Case(
         "missing package zero",

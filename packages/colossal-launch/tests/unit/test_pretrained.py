@@ -11,11 +11,11 @@ import torch
 
 from colossal_core.config.sections import ModelConfig
 from colossal_core.errors import CheckpointError, ConfigError
+from colossal_core.small_config import shrink_config
 from colossal_launch.data.tokenizer import train_bpe
 from colossal_launch.models import PretrainedWeights, build_model, write_hf_folder
 from colossal_launch.models.architecture import make_config
 from colossal_launch.models.building import build_from_config
-from colossal_launch.models.shrink import shrink_config
 from colossal_launch.models.weights import REST, all_values
 
 pytest.importorskip("transformers")

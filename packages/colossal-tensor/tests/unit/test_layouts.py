@@ -36,7 +36,7 @@ MLP = Group(
 
 def anatomy(heads: int = 8, shared: int = 2, width: int = 12, words: int = 10) -> ModelAnatomy:
     """Two blocks of head size 4 and hidden size 32; the second has no feed-forward part."""
-    shapes = {"table.weight": (words, 32), "blocks.0.mlp.gate_up.weight": (2 * width, 32)}
+    shapes: dict[str, tuple[int, ...]] = {"table.weight": (words, 32), "blocks.0.mlp.gate_up.weight": (2 * width, 32)}
     shapes |= {"blocks.0.mlp.down.weight": (32, width), "blocks.0.norm.weight": (32,)}
     modules = [ModuleFact("table", "Embedding", ()), ModuleFact("blocks.0.mlp", "MLP", ())]
     for block in (0, 1):

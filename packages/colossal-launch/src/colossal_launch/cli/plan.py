@@ -77,7 +77,7 @@ def memory_lines(assembly: Assembly, estimator: PeakEstimator) -> list[str]:
     from colossal_core.memory_report import in_units, peak_lines
 
     table = estimator.table()
-    sent = [f"{axis} {in_units(int(table.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate")]
+    sent = [f"{axis} {in_units(int(table.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate", "tp")]
     return [
         f"memory      of one rank, {assembly.plan.batch.micro_size} sequences at once, by estimate:",
         *peak_lines(estimator.estimate()),
@@ -89,8 +89,10 @@ def peak_estimator(setup: Setup, assembly: Assembly, model: nn.Module, device_ty
     """What estimates the plan of a config. Its batch is text of the configured length, else that of `model.example_batch`."""
     import torch
 
+    from colossal_comm import silent_rank
     from colossal_core.loss import LossOwner
     from colossal_core.peak_estimate import PeakEstimator
+    from colossal_core.rank_compute import rank_compute
     from colossal_launch.assembly import example_batch_of
     from colossal_launch.models.building import import_function
 
@@ -109,4 +111,5 @@ def peak_estimator(setup: Setup, assembly: Assembly, model: nn.Module, device_ty
         batch,
         state_bytes=assembly.optimizer_state_bytes,
         device_type=device_type,
+        computes=rank_compute(assembly.plan, assembly.strategies, silent_rank(assembly.plan.mesh)),
     )

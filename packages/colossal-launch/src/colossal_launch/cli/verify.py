@@ -33,17 +33,19 @@ def verify(
         colossal verify run.yaml --mutant forgotten-all-reduce
     """
     del debug
-    from colossal_core.testing import WorkerPool, default_variants
+    from colossal_core.testing import WorkerPool, default_variants, model_size_of
     from colossal_core.testing.verification import verify as run_verification
     from colossal_core.testing.verification import with_mutant
     from colossal_launch.assembly import read_setup
     from colossal_launch.verifying import verification_of
 
-    found = verification_of(read_setup(config, overrides or []))
+    setup = read_setup(config, overrides or [])
+    variants = default_variants(world_size, model_size_of(setup.plugins.axis_sizes(setup.config), world_size))
+    found = verification_of(setup)
     for note in found.notes:
         say(f"note: {note}")
     spec = with_mutant(found.spec, mutant)
     with WorkerPool() as pool:
-        report = run_verification(spec, world_size, default_variants(world_size), pool)
+        report = run_verification(spec, world_size, variants, pool)
     say(report.describe())
     return 0 if report.passed else 1

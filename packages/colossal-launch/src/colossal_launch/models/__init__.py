@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colossal_core.small_config import shrink_config
     from colossal_launch.models.building import BuiltModel, build_model
     from colossal_launch.models.export import write_hf_folder
     from colossal_launch.models.initialise import InitialWeights
     from colossal_launch.models.meta import parameters_on_meta
     from colossal_launch.models.pretrained import PretrainedWeights
-    from colossal_launch.models.shrink import shrink_config
     from colossal_launch.models.weights import WeightSource
 
 __all__ = [
@@ -26,18 +26,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BuiltModel": "building",
-    "InitialWeights": "initialise",
-    "PretrainedWeights": "pretrained",
-    "WeightSource": "weights",
-    "build_model": "building",
-    "parameters_on_meta": "meta",
-    "shrink_config": "shrink",
-    "write_hf_folder": "export",
+    "BuiltModel": "colossal_launch.models.building",
+    "InitialWeights": "colossal_launch.models.initialise",
+    "PretrainedWeights": "colossal_launch.models.pretrained",
+    "WeightSource": "colossal_launch.models.weights",
+    "build_model": "colossal_launch.models.building",
+    "parameters_on_meta": "colossal_launch.models.meta",
+    "shrink_config": "colossal_core.small_config",
+    "write_hf_folder": "colossal_launch.models.export",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from colossal_core.errors import ConfigError, Problem
+from colossal_core.quiet import quiet_transformers
 
 _ALWAYS_KNOWN = frozenset(
     {
@@ -179,19 +178,3 @@ def training_class(config: Any) -> type[nn.Module]:
     reason = "transformers has no language model and no image classifier of this architecture"
     remedy = "name a model of your own by model.factory"
     raise ConfigError([Problem("model.architecture", reason, remedy, config.model_type)])
-
-
-class quiet_transformers:  # noqa: N801 - used like the context managers of contextlib
-    """Inside, transformers' advice on configs (token numbers outside the vocabulary, say) is not printed."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("transformers")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *details: object) -> None:
-        self._warnings.__exit__(None, None, None)
-        self._logger.setLevel(self._level)

@@ -25,7 +25,7 @@ def restore_meta_buffers(model: nn.Module) -> None:
         reason = f"buffers on the meta device have no values ({names})"
         remedy = "build it under colossal_launch.models.parameters_on_meta(), which keeps buffers"
         raise ConfigError([Problem("model", reason, remedy)])
-    from colossal_launch.models.architecture import quiet_transformers
+    from colossal_core.quiet import quiet_transformers
     from colossal_launch.models.meta import parameters_on_meta
 
     with quiet_transformers(), parameters_on_meta():

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from colossal_core.errors import ConfigError, Problem
-from colossal_launch.models.architecture import import_transformers, make_config, quiet_transformers, training_class
+from colossal_core.quiet import quiet_transformers
+from colossal_launch.models.architecture import import_transformers, make_config, training_class
 from colossal_launch.models.initialise import InitialWeights, keyed_random
 from colossal_launch.models.meta import parameters_on_meta
 from colossal_launch.models.pretrained import PretrainedWeights

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from colossal_core.errors import CheckpointError, ConfigError, Problem
-from colossal_launch.models.architecture import quiet_transformers
+from colossal_core.quiet import quiet_transformers
 from colossal_launch.models.weights import WholeModel, alias_table, as_value, unit_of
 
 _INDEX = "model.safetensors.index.json"
