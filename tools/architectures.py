@@ -153,7 +153,9 @@ def _cut_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     reached = sum(not tensor["whole"] for tensor in cut)
     sequence = sum(tensor["sequence"] for tensor in cut)
     vocabulary = sum(tensor["vocabulary"] for tensor in cut)
-    verdict = "None trains with other numbers than one process" if not wrong else f"{len(wrong)} differ"
+    verdict = (
+        "Without dropout, none trains with other numbers than one process" if not wrong else f"{len(wrong)} differ"
+    )
     return (
         f"Tensor parallelism: {len(cut)} of {len(rows)} train exactly with matrices cut: {half} with at least half of their elements cut, "
         f"{most} with at least 95 %, {whole} with all ({reached} with all that this run reaches); {sequence} with the sequence cut, "

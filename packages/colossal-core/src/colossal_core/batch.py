@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from colossal_core.errors import ColossalError
+from colossal_core.mesh import DATA_AXES, SAME_BATCH_AXES, WORLD
 
 if TYPE_CHECKING:
+    from colossal_core.collectives import Collectives
     from colossal_core.mesh import MeshLayout
     from colossal_core.plan import BatchPlan
 
@@ -53,6 +56,35 @@ def check_share(batch: Mapping[str, torch.Tensor], plan: BatchPlan) -> None:
                 "take batches from booster.dataloader, or change batch.global_size"
             )
             raise ColossalError(message)
+
+
+def check_same(batch: Mapping[str, torch.Tensor], collectives: Collectives) -> None:
+    """Raises ColossalError, on every rank, where ranks that work on the same sequences were given different ones: they would train on a
+    mixture of them, and no shape would tell.
+
+    Communication: one gather of 16 bytes over all ranks, where the mesh has such an axis. Synchronises with the host.
+    """
+    mesh = collectives.mesh
+    axes = [axis for axis in SAME_BATCH_AXES if mesh.size(axis) > 1]
+    if not axes:
+        return
+    seen: dict[int, bytes] = {}
+    for rank, found in enumerate(collectives.gather_bytes(_digest(batch), WORLD, tag="batch")):
+        if seen.setdefault(mesh.flat_index(mesh.coordinate(rank), DATA_AXES), found) != found:
+            message = (
+                f"batch: ranks that differ only in {' or '.join(axes)} got different sequences: "
+                "give them the same batch (booster.dataloader does)"
+            )
+            raise ColossalError(message)
+
+
+def _digest(batch: Mapping[str, torch.Tensor]) -> bytes:
+    """16 bytes of every key, dtype, shape and value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(batch.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def cut(batch: Mapping[str, torch.Tensor], index: int, micro_size: int) -> dict[str, torch.Tensor]:

@@ -8,21 +8,24 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from colossal_core.adapters import Adapters
-from colossal_core.module_specimen import ModuleSpecimen, seeded
+from colossal_core.module_specimen import ModuleSpecimen, refuse_own_forwards, seeded
 from colossal_core.quiet import quiet_transformers
 from colossal_core.small_config import shrink_config
-from colossal_core.specimen import SpecimenError, patterns_of
+from colossal_core.specimen import SpecimenError, pattern_of, patterns_of
 from colossal_core.specimen_batch import small_batch
 
 _NO_STRUCTURE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 """Keys of a config that change nothing about what is computed with given values."""
+
+_MOST_KINDS = 32
+"""Small models in one process of which strategies' answers are kept."""
 
 _KEPT_ATTENTION = ("eager", "sdpa")
 _KEPT_EXPERTS = ("eager", "batched_mm", "grouped_mm")
@@ -38,14 +41,16 @@ def takes_only_config(kind: type[nn.Module]) -> bool:
 
 @dataclass(frozen=True)
 class ConfigSpecimen:
-    """model_class, config: of the model, or of what adapters are on. names: patterns of the real model's parameters, with `*` for numbers.
-    whole: the specimen that stands in where no small model can be built, or where parameters are missing in it: the model was changed after
-    it was made from its config. The small model may have parameters that the real one has not (a kind of layer that its config allows).
+    """model_class, config: of the model, or of what adapters are on. names: patterns of the real model's parameters, with `*` for numbers;
+    classes: patterns of its modules, each with its class. whole: the specimen that stands in where no small model can be built, or where
+    parameters or modules are missing in it: the model was changed after it was made from its config. The small model may have some that the
+    real one has not (a kind of layer that its config allows).
     """
 
     model_class: type[nn.Module]
     config: Any
     names: frozenset[str]
+    classes: frozenset[tuple[str, str]]
     adapters: Adapters | None
     whole: ModuleSpecimen
 
@@ -59,6 +64,11 @@ class ConfigSpecimen:
         parts = [name, keys, adapters, self._implementations]
         text = json.dumps(parts, sort_keys=True, default=_plain)
         return f"{name}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def answers(self) -> dict[object, object]:
+        kind: Any = self.model_class
+        return self._stand_in.answers if self._stand_in is not None else _answers_of(kind, self.key)
 
     def build(self) -> nn.Module:
         return self._stand_in.build() if self._stand_in is not None else self._built()
@@ -94,15 +104,22 @@ class ConfigSpecimen:
 
     @cached_property
     def _stand_in(self) -> ModuleSpecimen | None:
+        refuse_own_forwards(self.whole.model)
         try:
-            found = patterns_of(name for name, _ in self._built().named_parameters(remove_duplicate=False))
+            built = self._built()
         except Exception as error:  # whatever transformers raises on sizes that do not go together
             reason = f"a small model of its config cannot be built ({type(error).__name__}: {error})"
         else:
-            missing = sorted(self.names - found)
-            if not missing:
+            missing = sorted(
+                self.names - patterns_of(name for name, _ in built.named_parameters(remove_duplicate=False))
+            )
+            others = sorted(self.classes - classes_of(built))
+            if not missing and not others:
                 return None
             reason = f"the small model of its config has none of its parameters {', '.join(missing[:3])}"
+            if not missing:
+                name, kind = others[0]
+                reason = f"in the small model of its config {name} is no {kind.rpartition('.')[2]}"
         try:
             self.whole.key  # noqa: B018 - says whether it can be copied at all
         except SpecimenError as error:
@@ -118,6 +135,21 @@ class ConfigSpecimen:
             if self.adapters is not None and with_adapters:
                 model = self.adapters.put_on(model)
         return model.train()
+
+
+def classes_of(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """The pattern of each module's name with the name of its class."""
+    return frozenset(
+        (pattern_of(name), f"{type(module).__module__}.{type(module).__qualname__}")
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
+
+
+@lru_cache(maxsize=_MOST_KINDS)
+def _answers_of(model_class: type[nn.Module], key: str) -> dict[object, object]:
+    """One for all specimens of a class that build the same small model: their key says everything that it is made from."""
+    del model_class, key
+    return {}
 
 
 def _plain(value: object) -> object:

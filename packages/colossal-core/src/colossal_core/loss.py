@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[Any, Batch], tuple[torch.Tensor, "torch.Tensor | int"]]
+Reading = Callable[[], AbstractContextManager[None]]
 IGNORED_LABEL = -100
 
 
@@ -53,20 +54,21 @@ class LossOwner:
     ) -> None:
         self._task: Task = anatomy.task
         self._forward_keys = anatomy.forward_keys
-        self._cross_entropy: CrossEntropy = ops["cross_entropy"] if cross_entropy is None else cross_entropy
+        self._cross_entropy = ops["cross_entropy"] if cross_entropy is None else cross_entropy
+        self._reading: Reading = nullcontext if cross_entropy is None else cross_entropy.reading
         self._user_loss = user_loss
         self._answers = FirstAnswers()
 
     def with_ops(self, ops: OpTable) -> LossOwner:
         """The same loss on other kernels, of logits that are whole."""
         twin = copy.copy(self)
-        twin._cross_entropy = ops["cross_entropy"]
+        twin._cross_entropy, twin._reading = ops["cross_entropy"], nullcontext
         return twin
 
     def with_cross_entropy(self, cross_entropy: CrossEntropy) -> LossOwner:
         """The same loss, made by this of logits that a strategy has left cut."""
         twin = copy.copy(self)
-        twin._cross_entropy = cross_entropy
+        twin._cross_entropy, twin._reading = cross_entropy, cross_entropy.reading
         return twin
 
     @property
@@ -123,7 +125,8 @@ class LossOwner:
                 raise ColossalError(message)
             items = self.count_items(batch)
             return MicrobatchLoss(mean * items.to(mean.dtype), items)
-        outputs = self._outputs(model, batch, with_labels=False)
+        with self._reading():
+            outputs = self._outputs(model, batch, with_labels=False)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if logits is None:
             message = (

@@ -23,6 +23,9 @@ WORLD = BASE_AXES
 DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks get different sequences."""
 
+SAME_BATCH_AXES = ("pp", "cp", "tp")
+"""The axes along which ranks get the same sequences."""
+
 LOSS_AXES = ("dp_replicate", "dp_shard", "cp")
 """The axes over which the loss of a step is a sum: the data axes, and cp, which splits each sequence."""
 

@@ -55,9 +55,15 @@ class ModuleSpecimen:
             f"{name} {type(module).__qualname__} {module.extra_repr()}"
             for name, module in skeleton.model.named_modules()
         ]
-        found += [f"{name} {tuple(p.shape)}" for name, p in skeleton.model.named_parameters(remove_duplicate=False)]
+        parameters = skeleton.model.named_parameters(remove_duplicate=False)
+        found += [f"{name} {tuple(parameter.shape)} {parameter.requires_grad}" for name, parameter in parameters]
         found += [f"{key} {tuple(value.shape)} {value.dtype}" for key, value in sorted(self._batch.items())]
         return f"{name}:{hashlib.sha256(chr(10).join(found).encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def answers(self) -> dict[object, object]:
+        """Of this object alone: attributes of modules, which no key names, may tell two models apart."""
+        return {}
 
     def build(self) -> nn.Module:
         self._batch  # noqa: B018 - decides which blocks stay
@@ -69,6 +75,7 @@ class ModuleSpecimen:
     @cached_property
     def _skeleton(self) -> _Skeleton:
         """Truncated where the truncated model runs."""
+        refuse_own_forwards(self.model)
         whole = _Skeleton.of(self.model)
         short = _Skeleton.of(self.model)
         if not short.truncate(self.chains):
@@ -90,6 +97,23 @@ class ModuleSpecimen:
             return example_values(self.example_batch, model)
         with quiet_transformers():
             return small_batch(model)
+
+
+def refuse_own_forwards(model: nn.Module) -> None:
+    """Raises: SpecimenError where a module computes by a function of its own instead of its class's, which may hold on to that module and
+    its parameters: no copy could be told to compute the same. Functions that this library puts there are left out, as hooks are.
+    """
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if forward is None:
+            continue
+        function = getattr(forward, "__func__", forward)
+        home = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if not home.startswith("colossal_"):
+            raise SpecimenError(
+                f"{name or 'the model'} ({type(module).__name__}) has a forward of its own, put on the module after it was made: write a "
+                "class with that forward instead"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ class Specimen(Protocol):
     @property
     def key(self) -> str: ...
 
+    @property
+    def answers(self) -> dict[object, object]:
+        """What strategies have found out on it, by their questions, so that a question is worked out once. Neither holds a model. Specimens
+        share one only where they build the very same small model.
+        """
+
     def build(self) -> nn.Module:
         """A new model on the CPU, in float32 and in training mode, with dropout as it is configured. Names are those of the real model,
         with other numbers of blocks.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from colossal_core.adapters import adapters_of
 from colossal_core.anatomy import BlockChain
-from colossal_core.config_specimen import ConfigSpecimen, takes_only_config
+from colossal_core.config_specimen import ConfigSpecimen, classes_of, takes_only_config
 from colossal_core.module_specimen import ModuleSpecimen
 from colossal_core.specimen import Specimen, patterns_of
 from colossal_core.transformers_plans import is_transformers_model
@@ -23,5 +23,5 @@ def specimen_of(
     whole = ModuleSpecimen(model, tuple(chains), example_batch)
     if is_transformers_model(base) and takes_only_config(type(base)):
         names = patterns_of(name for name, _ in model.named_parameters(remove_duplicate=False))
-        return ConfigSpecimen(type(base), base.config, names, adapters, whole)
+        return ConfigSpecimen(type(base), base.config, names, classes_of(model), adapters, whole)
     return whole if example_batch is not None or is_transformers_model(model) else None

@@ -72,6 +72,7 @@ class StepEngine:
         self.step = 0
         self.loss_scale = loss_scale
         self._counts_loss = context.coordinate["tp"] == 0
+        self._compared: set[str] = set()
         self._norm_dtype = context.precision.gradient
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=context.device)
 
@@ -79,7 +80,8 @@ class StepEngine:
         """One optimizer step on this rank's share of a global batch.
 
         Communication: one all-reduce of 8 bytes over the loss axes before the first forward pass; the reductions of the plan; one
-        all-reduce of a few bytes over all ranks for loss, items and norm. No synchronisation with the host.
+        all-reduce of a few bytes over all ranks for loss, items and norm. No synchronisation with the host, but for the first
+        step's comparison of the batch where ranks must have the same one.
         """
         view = StepView(self.step, -1, self.state)
         batch = self._take(batch)
@@ -107,7 +109,14 @@ class StepEngine:
 
     def _take(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batches.check_share(batch, self.plan.batch)
+        self._compare_once(batch, "train")
         return self._on_device(batch)
+
+    def _compare_once(self, batch: Mapping[str, torch.Tensor], use: str) -> None:
+        """The first batch of each use: whether ranks that must have the same one have it. Later steps do not wait for the host."""
+        if use not in self._compared:
+            batches.check_same(batch, self.context.collectives)
+            self._compared.add(use)
 
     def _on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch on this rank's device, with the labels that each position predicts, and this rank's part of what the plan cuts."""
@@ -166,6 +175,7 @@ class StepEngine:
     def eval_step(self, batch: Mapping[str, torch.Tensor]) -> EvalResult:
         """Forward pass only, on this rank's share of an evaluation batch (any number of sequences), in evaluation mode."""
         batches.check_not_empty(batch)
+        self._compare_once(batch, "evaluation")
         with evaluation_mode(self.model):
             parts = self.runner.evaluate(self._on_device(batch))
         loss_sum, items = sum_over_world(self._local_sums(parts), self.context.collectives, torch.float64)

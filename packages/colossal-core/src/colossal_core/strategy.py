@@ -109,8 +109,14 @@ class StrategySpec:
     axis_sizes: Callable[[Any], Mapping[str, int]] = no_axes
 
 
-CrossEntropy = Callable[["torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
-"""(logits, labels) -> (sum of losses, number of items), both 0-d, the same on every rank that has a part of the logits."""
+class CrossEntropy(Protocol):
+    """The loss of logits that a strategy leaves cut, where nothing but core's loss reads them."""
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of losses and number of items, both 0-d, the same on every rank that has a part of the logits."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While it is open, a forward pass gives cut logits; in any other, whoever calls the model gets them whole."""
 
 
 class Replayable(Protocol):

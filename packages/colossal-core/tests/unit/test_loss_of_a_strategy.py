@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -30,20 +32,37 @@ class Logits(nn.Module):
         return Output(logits)
 
 
-def halves(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands for a loss over ranks."""
-    return logits.sum() / 2, (labels != -100).sum()
+class Halves:
+    """Stands for a loss over ranks. calls: whether gradients were on; opened: how often a forward pass was for it, and is now."""
+
+    def __init__(self) -> None:
+        self.calls: list[bool] = []
+        self.opened: list[bool] = []
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.append(torch.is_grad_enabled())
+        return logits.sum() / 2, (labels != -100).sum()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self.opened.append(True)
+        yield
+        self.opened[-1] = False
 
 
 def test_the_loss_owner_takes_it_for_the_op() -> None:
     ops = build_op_table(discover([]).ops(), "cpu", "float64")
     anatomy = ModelAnatomy("Logits", "masked-lm", (), (), forward_keys=("logits",))
     batch = {"logits": torch.ones(2, 3, 5, dtype=torch.float64), "labels": torch.tensor([[1, 2, -100], [0, 4, 3]])}
+    halves = Halves()
     own = LossOwner(anatomy, ops, None, halves)(Logits(), batch)
     assert (float(own.sum), float(own.items)) == (15.0, 5.0)
     usual = LossOwner(anatomy, ops, None)(Logits(), batch)
     assert float(usual.sum) == pytest.approx(5 * math.log(5.0), abs=1e-12)
     assert float(LossOwner(anatomy, ops, None, halves).with_ops(ops)(Logits(), batch).sum) == float(usual.sum)
+    assert halves.opened == [False]
+    assert float(LossOwner(anatomy, ops, None).with_cross_entropy(halves)(Logits(), batch).sum) == 15.0
+    assert halves.opened == [False, False]
 
 
 class SetsLoss(SimpleNamespace):
@@ -54,12 +73,7 @@ class SetsLoss(SimpleNamespace):
 
 
 def test_it_is_used_in_training_and_in_evaluation() -> None:
-    calls: list[bool] = []
-
-    def counted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(torch.is_grad_enabled())
-        return halves(logits, labels)
-
+    counted = Halves()
     plugins = discover([])
     config = parse_config({"batch": {"global_size": 2}}, plugins.config_class())
     model, ops = TinyModel()(), build_op_table(plugins.ops(), "cpu", "float32")
@@ -71,7 +85,8 @@ def test_it_is_used_in_training_and_in_evaluation() -> None:
     trained = wrap(model, plan, anatomy, (strategy,), collectives, ops, plugins.optimizers(), Parts())
     trained.train_step(batch)
     trained.eval_step(batch)
-    assert calls == [True, False]
+    assert counted.calls == [True, False]
+    assert counted.opened == [False, False]
 
 
 def test_variants_keep_the_ranks_of_one_data_share_together() -> None:

@@ -98,6 +98,57 @@ def test_a_model_that_was_changed_is_no_longer_its_config() -> None:
     assert bool(torch.isfinite(small(**specimen.batch()).loss))
 
 
+def small_llama() -> Any:
+    settings = {
+        **BIG,
+        "num_hidden_layers": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+        "head_dim": 4,
+    }
+    return on_meta("LlamaForCausalLM", "LlamaConfig", settings)
+
+
+def test_a_module_of_another_class_is_no_longer_its_config() -> None:
+    model = small_llama()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Tanh()
+    specimen = specimen_of(model)
+    assert isinstance(specimen.build().get_submodule("model.layers.1.mlp.act_fn"), nn.Tanh)
+    assert specimen.key != specimen_of(small_llama()).key
+
+
+@pytest.mark.parametrize("kind", ["config", "own"])
+def test_a_forward_put_on_a_module_is_refused(kind: str) -> None:
+    model: Any = small_llama() if kind == "config" else Mine()
+    block = (model.model.layers if kind == "config" else model.blocks)[1]
+    block.forward = lambda hidden, **_: hidden
+    specimen = specimen_of(model, None if kind == "config" else IDS)
+    name = "model.layers.1 (LlamaDecoderLayer)" if kind == "config" else "blocks.1 (Block)"
+    with pytest.raises(SpecimenError) as raised:
+        specimen.build()
+    assert str(raised.value) == (
+        f"{name} has a forward of its own, put on the module after it was made: write a class with that forward instead"
+    )
+
+
+def test_answers_are_kept_on_what_is_the_very_same() -> None:
+    first, same = specimen_of(small_llama()), specimen_of(small_llama())
+    first.answers["question"] = "answer"
+    assert same.answers["question"] == "answer"
+    mine, other = specimen_of(Mine(), IDS), specimen_of(Mine(), IDS)
+    mine.answers["question"] = "answer"
+    assert mine.key == other.key
+    assert not other.answers
+
+
+def test_what_is_trained_is_in_the_key() -> None:
+    frozen = Mine()
+    frozen.tokens.requires_grad_(False)
+    assert specimen_of(frozen, IDS).key != specimen_of(Mine(), IDS).key
+
+
 class Block(nn.Module):
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()

@@ -9,8 +9,9 @@ their gradient, in their own dtype. Eager, rows are taken in chunks, as core's r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -51,6 +52,25 @@ class Passes:
     write_gradients: Callable[..., None]
 
 
+class Readings:
+    """Whether the forward pass that runs is one whose logits this loss reads. A copy of a model, and of its hooks, asks the same one."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        before, self.is_open = self.is_open, True
+        try:
+            yield
+        finally:
+            self.is_open = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        del memo
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class VocabularyCrossEntropy:
     """The op `cross_entropy` (signature, meaning and dtypes of core's) on logits [..., V/tp] of this rank's words. Make it with
@@ -66,6 +86,11 @@ class VocabularyCrossEntropy:
     passes: Passes
     alone: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     overwrite: bool = False
+    readings: Readings = field(default_factory=Readings)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While it is open, the head whose logits these are leaves them cut."""
+        return self.readings.opened()
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100

@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from colossal_core.fused_part import seed_by_part
-from colossal_core.keyed_dropout import KeyedLayer, Share
+from colossal_core.keyed_dropout import KeyedDropoutState, KeyedLayer, Share
 from colossal_tensor.group import TensorPlan, expand
 from colossal_tensor.layouts import AXIS, Cutting
 from colossal_tensor.sequence import SEQUENCE_DIM, is_inside_whole
 
 if TYPE_CHECKING:
-    from colossal_core.strategy import ApplyContext
+    from colossal_core.collectives import Collectives
 
 
 def install_dropout(
-    model: nn.Module, plan: TensorPlan, cutting: Cutting, context: ApplyContext, blocks: Sequence[str]
+    model: nn.Module,
+    plan: TensorPlan,
+    cutting: Cutting,
+    collectives: Collectives,
+    blocks: Sequence[str],
+    kernels: KeyedDropoutState | None = None,
 ) -> None:
     """Tells every keyed dropout inside a group which heads or features it has, and, where the sequence is cut, every other one of a block
-    which positions. Attention kernels that draw by themselves draw other numbers on each rank. No communication.
+    which positions. kernels: by it attention kernels that draw by themselves are seeded, with other numbers on each rank. No communication.
     """
-    rank, ranks = context.collectives.index(AXIS), context.collectives.size(AXIS)
+    rank, ranks = collectives.index(AXIS), collectives.size(AXIS)
     modules = dict(model.named_modules())
     within = _cut_layers(cutting)
     for placed in cutting.placed:
@@ -40,7 +45,8 @@ def install_dropout(
             on_stream = any(name.startswith(f"{block}.") for block in blocks) and not is_inside_whole(plan.stream, name)
             if isinstance(layer, KeyedLayer) and on_stream and within.isdisjoint(_around(name)):
                 layer.part = Share(SEQUENCE_DIM, rank, ranks)
-    _seed_kernels(modules, cutting, context, rank)
+    if kernels is not None:
+        _seed_kernels(modules, cutting, kernels, rank)
 
 
 def _cut_layers(cutting: Cutting) -> set[str]:
@@ -55,14 +61,12 @@ def _around(name: str) -> set[str]:
     return {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
 
 
-def _seed_kernels(modules: dict[str, nn.Module], cutting: Cutting, context: ApplyContext, rank: int) -> None:
+def _seed_kernels(modules: dict[str, nn.Module], cutting: Cutting, state: KeyedDropoutState, rank: int) -> None:
     """Modules inside an attention group that may drop probabilities in a kernel of their own."""
-    if context.dropout is None:
-        return
     places = {placed.group.name for placed in cutting.placed if placed.group.units.kind == "heads"}
     for number, (name, module) in enumerate(modules.items()):
         if not places.isdisjoint(_around(name)) and _drops(module):
-            seed_by_part(module, context.dropout, number, rank)
+            seed_by_part(module, state, number, rank)
 
 
 def _drops(module: nn.Module) -> bool:

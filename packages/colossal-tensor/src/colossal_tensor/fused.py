@@ -43,12 +43,19 @@ class FusedEntry:
             vars(column)["arrived"] = None
             column.forward = MethodType(_found_or_made, column)
         module.register_forward_pre_hook(self.before, with_kwargs=True)
+        module.register_forward_hook(self.after)
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         del module
         return with_arguments(args, kwargs, (self.argument,), self._entered)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Lets go of what no column has asked for: it holds a whole sequence."""
+        del module, args, output
+        for column in self.columns:
+            column.arrived = None  # type: ignore[assignment]
 
     def _entered(self, part: torch.Tensor) -> torch.Tensor:
         weights, biases = _weights(self.columns), [column.bias for column in self.columns]

@@ -108,7 +108,8 @@ class CutHook:
         if size % ranks:
             message = (
                 f"batch: a sequence of {size} positions is not divided by parallel.tensor.size={ranks}: "
-                f"pad it to {-(-size // ranks) * ranks}, or set parallel.tensor.sequence_parallel: false"
+                f"pad it to {-(-size // ranks) * ranks}, or set parallel.tensor.sequence_parallel: false; "
+                "to generate, load what export_hf writes"
             )
             raise ColossalError(message)
         part = self.collectives.own_range(value, AXIS, dim=sequence_dim(value), tag="sequence")

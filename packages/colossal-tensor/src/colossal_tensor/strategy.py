@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from colossal_core.estimate import EstimateTable, HardwareProfile
     from colossal_core.mesh import MeshLayout
     from colossal_core.plan import Plan, PlanDraft
-    from colossal_core.strategy import ApplyContext, CrossEntropy
+    from colossal_core.strategy import ApplyContext
+    from colossal_tensor.cross_entropy import VocabularyCrossEntropy
 
 
 class TensorStrategy:
@@ -116,17 +117,20 @@ class TensorStrategy:
     def apply(self, model: nn.Module, plan: Plan, context: ApplyContext) -> None:
         from colossal_tensor.dropout import install_dropout
         from colossal_tensor.regions import install
+        from colossal_tensor.vocabulary import install_whole_logits
 
         decided = read(plan)
         symmetric = self.config.overlap == "auto"
         install(model, decided.plan, decided.cutting, context.collectives, symmetric=symmetric)
-        install_dropout(model, decided.plan, decided.cutting, context, plan.block_names)
+        install_dropout(model, decided.plan, decided.cutting, context.collectives, plan.block_names, context.dropout)
         vocabulary = decided.plan.vocabulary
         if vocabulary.head and not vocabulary.gathered:
-            context.cross_entropy = self._loss(decided.cutting, context, plan)
+            loss = self._loss(decided.cutting, context, plan)
+            install_whole_logits(model, vocabulary.head, decided.cutting, context.collectives, unless=loss.readings)
+            context.cross_entropy = loss
 
     @staticmethod
-    def _loss(cutting: Cutting, context: ApplyContext, plan: Plan) -> CrossEntropy:
+    def _loss(cutting: Cutting, context: ApplyContext, plan: Plan) -> VocabularyCrossEntropy:
         """Of split logits; compiled where blocks are."""
         from colossal_tensor.cross_entropy import Words, vocabulary_cross_entropy
 

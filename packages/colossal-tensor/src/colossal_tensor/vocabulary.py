@@ -15,6 +15,7 @@ from colossal_tensor.layouts import AXIS, Cutting
 
 if TYPE_CHECKING:
     from colossal_core.collectives import Collectives
+    from colossal_tensor.cross_entropy import Readings
 
 
 def install_vocabulary(model: nn.Module, plan: TensorPlan, cutting: Cutting, collectives: Collectives) -> None:
@@ -42,6 +43,17 @@ def install_vocabulary(model: nn.Module, plan: TensorPlan, cutting: Cutting, col
             head.register_forward_pre_hook(_HeadEntry(collectives).before)
         if vocabulary.gathered:
             head.register_forward_hook(_HeadExit(collectives, cutting.words[-1][1]).after)
+
+
+def install_whole_logits(
+    model: nn.Module, head: str, cutting: Cutting, collectives: Collectives, unless: Readings
+) -> None:
+    """Makes a head that leaves its logits cut gather them, unless the forward pass is one for the loss that reads them so: a user who
+    calls the model gets what one process gives.
+
+    Communication of such a call: an all-gather of the logits.
+    """
+    model.get_submodule(head).register_forward_hook(_HeadExit(collectives, cutting.words[-1][1], unless).after)
 
 
 def _tables(model: nn.Module, name: str) -> list[nn.Embedding]:
@@ -78,12 +90,15 @@ class _HeadEntry:
 
 @dataclass(frozen=True)
 class _HeadExit:
-    """The whole vocabulary on every rank: for a loss that reads it. words: its size without padding."""
+    """The whole vocabulary on every rank. words: its size without padding; unless: nobody reads more than a part while it is open."""
 
     collectives: Collectives
     words: int
+    unless: Readings | None = None
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         del module, args
+        if self.unless is not None and self.unless.is_open:
+            return output
         whole = self.collectives.all_gather(output, AXIS, dim=-1, cotangent="replicated", tag="logits")
         return whole.narrow(-1, 0, self.words)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers", reason="these are models of transformers")
 
@@ -62,6 +64,69 @@ def test_inside_a_part_that_is_computed_on_whole_sequences(run_of: Run, exact: E
     """Where a rule leaves the attention whole every rank drops the same there, of all positions."""
     tensor = {"size": 2, "sequence_parallel": True, "rules": {"transformer.h.*.attn": "replicate"}}
     exact(run_of("gpt2", {"parallel.tensor": tensor}, STREAM), 2)
+
+
+class FeedForward(nn.Module):
+    """Drops what enters it before the first product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.up, self.down = nn.Dropout(0.2), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down(nn.functional.gelu(self.up(self.drop(x))))
+        return result
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(16), FeedForward()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = x + self.mlp(self.norm(x))
+        return result
+
+
+class Dropping(nn.Module):
+    """Token by token: [B, L] ids to [B, L, 96] logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(96, 16), nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 96)
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return {"logits": self.head(x)}
+
+
+def dropping_opt() -> nn.Module:
+    """Its blocks call dropout as a function."""
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=96,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        dropout=0.2,
+        attention_dropout=0.0,
+    )
+    built: nn.Module = transformers.OPTForCausalLM(config).train()
+    return built
+
+
+@pytest.mark.parametrize("model", [dropping_opt, Dropping])
+def test_where_dropout_would_not_be_the_same_the_sequence_stays_whole(
+    run_of: Run, exact: Exact, model: Callable[[], nn.Module]
+) -> None:
+    exact(replace(run_of("llama", {"parallel.tensor": {"size": 2}}), model=model), 2)
 
 
 KERNELS: Mapping[str, Mapping[str, Any]] = {"llama": {"attention_dropout": 0.3}, "gpt2": {"attn_pdrop": 0.3}}

@@ -114,11 +114,30 @@ def broken_step(collectives: Collectives, spec: RunSpec) -> str:
     return ""
 
 
+def own_batch(collectives: Collectives, spec: RunSpec) -> list[str]:
+    """What ranks of `tp` are told that bring sequences of their own, in training and evaluation; then nothing, with the same."""
+    trained = start(spec, collectives)
+    same, own = (share_of_step(spec, trained.plan, 0, step) for step in (0, 1 + collectives.rank))
+    told = []
+    for step, batch in [(trained.train_step, own), (trained.eval_step, own), (trained.train_step, same)]:
+        try:
+            step(batch)
+        except ColossalError as error:
+            told.append(str(error))
+    return told
+
+
+def test_ranks_with_different_sequences_are_told(pool: WorkerPool, run_of: Run) -> None:
+    message = "batch: ranks that differ only in tp got different sequences: give them the same batch (booster.dataloader does)"
+    spec = run_of("llama", {"parallel.tensor": {"size": 2}})
+    assert pool.run(2, own_batch, spec) == [[message, message]] * 2
+
+
 def test_a_batch_that_does_not_divide_is_explained(pool: WorkerPool, run_of: Run) -> None:
     spec = run_of("llama", {"parallel.tensor": {"size": 2}})
     spec = replace(spec, batch=TokenBatches(96, 13))
     expected = (
         "batch: a sequence of 13 positions is not divided by parallel.tensor.size=2: "
-        "pad it to 14, or set parallel.tensor.sequence_parallel: false"
+        "pad it to 14, or set parallel.tensor.sequence_parallel: false; to generate, load what export_hf writes"
     )
     assert pool.run(2, broken_step, spec) == [expected, expected]

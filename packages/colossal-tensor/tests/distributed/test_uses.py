@@ -51,6 +51,34 @@ def test_evaluation_is_that_of_one_process(pool: WorkerPool, run_of: Run, kind: 
             assert relative_difference(found[name], value) <= 1e-12, name
 
 
+def called(collectives: Collectives, spec: RunSpec) -> list[torch.Tensor]:
+    """Logits of the user's own calls: before a step, after one, and with a gradient."""
+    trained = start(spec, collectives)
+    share = share_of_step(spec, trained.plan, 0, 0)
+    with torch.no_grad():
+        found = [trained.module(**share).logits]
+    trained.train_step(share)
+    trained.eval_step(share)
+    with torch.no_grad():
+        found.append(trained.module(input_ids=share["input_ids"]).logits)
+    found.append(trained.module(input_ids=share["input_ids"]).logits.detach())
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_call_of_the_model_gives_whole_logits(
+    pool: WorkerPool, run_of: Run, kind: str, sequence_parallel: bool, recompute: str
+) -> None:
+    wanted = pool.run(1, called, run_of(kind, {}, AWKWARD))[0]
+    parallel = {"parallel.tensor": {"size": 2, "sequence_parallel": sequence_parallel}}
+    for found in pool.run(2, called, run_of(kind, {**parallel, "recompute": {"mode": recompute}}, AWKWARD)):
+        for logits, true in zip(found, wanted, strict=True):
+            assert logits.shape == true.shape
+            assert relative_difference(logits, true) <= 1e-12
+
+
 def measured(collectives: Collectives, spec: RunSpec) -> tuple[dict[str, tuple[float, ...]], float]:
     """The statistics of a step's gradients, by unit; and how far the mesh's loss is from that of each rank alone."""
     trained = start(spec, collectives)

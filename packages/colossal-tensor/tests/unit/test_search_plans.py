@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,15 @@ def test_the_stream_ends_at_the_last_block_of_the_model_itself() -> None:
     assert find_plan(anatomy, TensorConfig(size=2, sequence_parallel=False)).stream is None
 
 
+def test_frozen_parameters_are_another_question() -> None:
+    anatomy = examine(Own(), {"x": torch.zeros(2, 4, 3)})
+    frozen = tuple(replace(fact, trainable=fact.block is None) for fact in anatomy.parameters)
+    find_plan(anatomy, TensorConfig(size=2))
+    find_plan(replace(anatomy, parameters=frozen), TensorConfig(size=2))
+    assert anatomy.specimen is not None
+    assert len(anatomy.specimen.answers) == 2
+
+
 def test_the_same_question_is_answered_once() -> None:
     first = find_plan(anatomy_of("GPT2LMHeadModel", "GPT2Config"), TensorConfig(size=2))
     again = find_plan(anatomy_of("GPT2LMHeadModel", "GPT2Config"), TensorConfig(size=2))
@@ -171,3 +181,27 @@ def test_a_module_of_ones_own() -> None:
 def test_without_a_small_model_nothing_is_cut() -> None:
     plan = find_plan(examine(Own()), TensorConfig(size=2))
     assert plan == TensorPlan(notes=("no small model of this kind can be made: give model.example_batch",))
+
+
+class Telling(nn.Module):
+    """Gives out its last activations beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+        self.layers = nn.ModuleList([Layer() for _ in range(3)])
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x), x
+
+
+def test_outputs_that_a_users_loss_reads_are_whole() -> None:
+    anatomy = replace(examine(Telling(), {"tokens": torch.arange(8).reshape(2, 4)}), task="causal-lm")
+    ours, own = (find_plan(replace(anatomy, own_loss=own), TensorConfig(size=2)).stream for own in (False, True))
+    assert ours is not None
+    assert own is not None
+    assert ours.exits == ()
+    assert own.exits == (Exit("layers.2"),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -65,6 +65,7 @@ class Small:
 
     make: Callable[[], nn.Module]
     key: str = "small"
+    answers: dict[object, object] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         with torch.random.fork_rng():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
 from colossal_core.errors import ConfigError
 from colossal_core.examine import examine
 from colossal_tensor.config import TensorConfig
-from colossal_tensor.group import TensorPlan
+from colossal_tensor.group import TensorPlan, Vocabulary
 from colossal_tensor.search.rules import Rule, module_of, name_styles, plan_styles, read_rules
 from colossal_tensor.search.search import find_plan
 
@@ -24,12 +26,16 @@ WEIGHTS = [
 
 def plan_with(**rules: str) -> TensorPlan:
     """The plan for a small Llama, with rules by name relative to a layer."""
-    config = transformers.LlamaConfig(num_hidden_layers=3, num_key_value_heads=8)
+    return plan_of({f"model.layers.*.{module.replace('__', '.')}": style for module, style in rules.items()})
+
+
+def plan_of(rules: Mapping[str, str], *, tied: bool = False) -> TensorPlan:
+    config = transformers.LlamaConfig(num_hidden_layers=3, num_key_value_heads=8, tie_word_embeddings=tied)
     with torch.device("meta"):
-        anatomy = examine(transformers.LlamaForCausalLM(config))
-    named = {f"model.layers.*.{module.replace('__', '.')}": style for module, style in rules.items()}
-    section = TensorConfig.model_validate({"size": 2, "rules": named})
-    return find_plan(anatomy, section)
+        model = transformers.LlamaForCausalLM(config)
+    if tied:
+        model.tie_weights()
+    return find_plan(examine(model), TensorConfig.model_validate({"size": 2, "rules": rules}))
 
 
 def test_a_rule_names_modules_and_later_rules_win() -> None:
@@ -40,6 +46,14 @@ def test_a_rule_names_modules_and_later_rules_win() -> None:
     assert read.styles == {"model.layers.0.self_attn.q_proj.weight": "column"}
     assert read.packings == {"model.layers.0.self_attn.q_proj.weight": "two"}
     assert read.whole == {"model.layers.0.self_attn.o_proj.weight"}
+
+
+def test_a_rule_for_one_block_is_told_to_hold_for_all() -> None:
+    _, problems = read_rules([Rule("model.layers.17.self_attn.q_proj", "column")], WEIGHTS)
+    assert [str(problem) for problem in problems] == [
+        "parallel.tensor.rules='model.layers.17.self_attn.q_proj: column': names one block; a rule holds for all blocks of a kind: use "
+        "`*`: `model.layers.*.self_attn.q_proj`"
+    ]
 
 
 def test_a_rule_that_matches_nothing_is_named_with_the_nearest_module() -> None:
@@ -89,6 +103,27 @@ def test_without_rules_everything_is_cut() -> None:
 def test_a_replicated_module_stays_whole() -> None:
     plan = plan_with(self_attn="replicate")
     assert [group.name for group in plan.groups] == ["model.layers.*.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("module", "tied", "cut"),
+    [
+        ("lm_head", False, Vocabulary("model.embed_tokens", "")),
+        ("model.embed_tokens", False, Vocabulary("", "lm_head")),
+        ("lm_head", True, Vocabulary()),
+    ],
+)
+def test_a_replicated_end_of_the_vocabulary_stays_whole(module: str, tied: bool, cut: Vocabulary) -> None:
+    assert plan_of({module: "replicate"}, tied=tied).vocabulary == cut
+
+
+def test_a_head_takes_no_other_style() -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of({"lm_head": "column"})
+    assert [str(problem) for problem in error.value.problems] == [
+        "parallel.tensor.rules='lm_head: column': an embedding or a head is cut by words, or not at all: use `replicate`, or leave the "
+        "rule out"
+    ]
 
 
 def test_a_rule_that_agrees_is_the_source() -> None:

@@ -62,6 +62,9 @@ class Borders:
             for argument in given
             if argument.key == "0" and (argument.storage, argument.shape) in tensors
         }
+        inside = (name for name in reading if name.startswith(f"{module}."))
+        if any(isinstance(self._setting.model.get_submodule(name), nn.Dropout) for name in inside):
+            return ()  # a dropout gives on the very tensor here, where nothing is dropped
         return tuple(self._pattern(owner) for owner in owners if owner in reading)
 
     def _ways_in(self, module: str) -> Iterator[tuple[str, ...]]:

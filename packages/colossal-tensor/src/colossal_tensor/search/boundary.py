@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
 from colossal_tensor.group import Entry, Exit, Stream, TensorPlan, Vocabulary
@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from colossal_tensor.search.laboratory import Laboratory
 
 
-def vocabularies(anatomy: ModelAnatomy, *, whole_logits: bool) -> Iterator[Vocabulary]:
-    """Ways to cut the embedding and the head by words, the most first."""
+def vocabularies(anatomy: ModelAnatomy, *, whole_logits: bool, whole: Set[str] = frozenset()) -> Iterator[Vocabulary]:
+    """Ways to cut the embedding and the head by words, the most first. whole: weights that stay whole, and those tied to them."""
+    kept = {name for fact in anatomy.parameters if whole & set(fact.names) for name in fact.names}
     embedding = anatomy.embeddings[0] if anatomy.embeddings else ""
     head = anatomy.heads[0] if anatomy.heads else ""
+    embedding, head = ("" if f"{module}.weight" in kept else module for module in (embedding, head))
     ends = dict.fromkeys([(embedding, head), ("", head), (embedding, "")])
     for table, product in ends:
         if table or product:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from colossal_core.difference import floor_for_gradients, relative_difference
 from colossal_core.errors import ColossalError
 from colossal_core.float64 import Float64Throughout
+from colossal_core.keyed_dropout import install_keyed_dropout
 from colossal_core.layout import take_local
 from colossal_core.loss import decoder_inputs
 from colossal_core.mesh import MeshLayout
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-10
 """The largest relative difference, of each output and each gradient, at which a plan counts as exact."""
 _SPREAD = 0.05
+_PARSING = threading.Lock()
+"""Simulated ranks are threads, and Python 3.11 does not parse and compile in two of them at once."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,19 @@ class DifferentError(ColossalError):
 
 
 class Proof:
-    """One small model, computed once by one process, beside which plans are tried. anatomy: of the small model; names: its patterns."""
+    """One small model, computed once by one process, beside which plans are tried. anatomy: of the small model; names: its patterns.
+    dropping: its dropouts draw keyed numbers; else it has none.
+    """
 
-    def __init__(self, model: nn.Module, anatomy: ModelAnatomy, batch: Mapping[str, Any], names: Names) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: ModelAnatomy, batch: Mapping[str, Any], names: Names, *, dropping: bool = False
+    ) -> None:
         self._model, self._anatomy, self._batch, self._names = model, anatomy, dict(batch), names
+        self.dropping = dropping
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         alone = copy.deepcopy(model)  # a model may keep what it computed, and the ranks' copies are to start afresh
+        if dropping:
+            key_dropouts(alone, self._batch)
         with torch.enable_grad(), Float64Throughout(), SameDraws():
             outputs = tensors_in(alone(**self._batch))
             self._outputs = [value.detach() for value in outputs]
@@ -77,8 +88,10 @@ class Proof:
         }
         self._floor = floor_for_gradients(self._gradients.values())
 
-    def run(self, plan: TensorPlan, num_ranks: int = 2) -> Outcome:
-        """Tries a plan on `num_ranks` simulated ranks. Never raises for what a candidate does to the model."""
+    def run(self, plan: TensorPlan, num_ranks: int = 2, *, whole_outputs: bool = False) -> Outcome:
+        """Tries a plan on `num_ranks` simulated ranks. Never raises for what a candidate does to the model. whole_outputs: something other
+        than core's loss reads the outputs, so that each rank must give out all of them whole.
+        """
         mesh = MeshLayout((1, 1, 1, 1, num_ranks))
         try:
             laid = tensor_layouts(plan, self._anatomy, initial_layouts(self._anatomy, mesh), mesh)
@@ -90,7 +103,7 @@ class Proof:
 
         try:
             with torch.enable_grad():
-                found = run_simulated(laid.mesh, _Rank(self, plan, laid))
+                found = run_simulated(laid.mesh, _Rank(self, plan, laid, whole_outputs))
         except DifferentError as error:
             return Outcome(str(error) == "", str(error) or "another output")
         except Exception as error:  # whatever a wrong guess makes a model's code raise
@@ -130,8 +143,10 @@ class _Rank:
     proof: Proof
     plan: TensorPlan
     laid: Laid
+    whole_outputs: bool
 
     def __call__(self, collectives: Collectives) -> dict[str, Tensor]:
+        from colossal_tensor.dropout import install_dropout
         from colossal_tensor.regions import install
 
         collectives = collectives.with_mesh(self.laid.mesh)
@@ -145,7 +160,11 @@ class _Rank:
                 take_local(part, full.detach(), layout.compute.pieces(coordinate, self.laid.mesh))
             local[name] = held[id(full)] = nn.Parameter(part, requires_grad=full.requires_grad)
         model = copy.deepcopy(self.proof._model, held)
+        if self.proof.dropping:
+            key_dropouts(model, self.proof._batch)
         install(model, self.plan, self.laid.cutting, collectives)
+        if self.proof.dropping:
+            install_dropout(model, self.plan, self.laid.cutting, collectives, self.proof._anatomy.blocks)
         with Float64Throughout(), SameDraws():
             outputs = [
                 self._whole(value, true, collectives)
@@ -157,8 +176,10 @@ class _Rank:
 
     def _whole(self, value: Tensor, true: Tensor, collectives: Collectives) -> Tensor:
         """Logits of this rank's words, gathered: what core's loss reads without gathering. And activations of this rank's part of the
-        sequence, which a model may give out beside its logits, and nobody reads.
+        sequence, which a model may give out beside its logits, and core's loss does not read. Any other reader gets what the rank has.
         """
+        if self.whole_outputs:
+            return value
         cut = (value.shape[0], value.shape[1] * collectives.size(AXIS), *value.shape[2:]) if value.ndim == 3 else ()
         if self.plan.stream is not None and cut == true.shape:
             return collectives.all_gather(value, AXIS, dim=1, cotangent="replicated", tag="proof")
@@ -198,7 +219,7 @@ def prepared(model: nn.Module) -> nn.Module:
     model = model.double().train()
     for module in model.modules():
         _without_dropout(vars(module))
-        for part in _configs(vars(module).get("config")):
+        for part in configs_in(vars(module).get("config")):
             _without_dropout(vars(part))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -208,6 +229,14 @@ def prepared(model: nn.Module) -> nn.Module:
     return model
 
 
+def key_dropouts(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Gives every dropout of a whole model the numbers of one microbatch, as training does before it cuts the model."""
+    num_samples = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    with _PARSING:
+        state = install_keyed_dropout(model)
+    state.set(seed=0, step=0, sample_ids=torch.arange(num_samples))
+
+
 def _without_dropout(attributes: dict[str, Any]) -> None:
     """Sets every probability of dropping to 0: floats by the name, and `p` of torch's modules."""
     for key, value in attributes.items():
@@ -215,10 +244,10 @@ def _without_dropout(attributes: dict[str, Any]) -> None:
             attributes[key] = 0.0
 
 
-def _configs(config: Any) -> list[Any]:
+def configs_in(config: Any) -> list[Any]:
     """A transformers config and those inside it."""
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [] if config is None else [config, *(found for part in inner for found in _configs(part))]
+    return [] if config is None else [config, *(found for part in inner for found in configs_in(part))]
 
 
 def batch_for(model: nn.Module, batch: Mapping[str, Any], anatomy: ModelAnatomy) -> dict[str, Any]:

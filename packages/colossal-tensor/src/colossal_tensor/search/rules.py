@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from colossal_core.errors import Problem
 from colossal_tensor.group import Packing, matches
@@ -73,10 +73,7 @@ def read_rules(rules: Sequence[Rule], weights: Iterable[str]) -> tuple[Read, lis
     for rule in rules:
         found = [weight for weight in known if _applies(rule, module_of(weight))]
         if not found:
-            near = difflib.get_close_matches(re.sub(r"\d+", "*", rule.pattern), map(_starred, modules), n=1, cutoff=0.3)
-            remedy = f"did you mean `{near[0]}`? " if near else ""
-            remedy += "Name a module with a weight, relative to the model"
-            problems.append(Problem(FIELD, f"`{rule.pattern}` matches no module with a weight", remedy, str(rule)))
+            problems.append(_unmatched(rule, modules))
         for weight in found:
             whole.discard(weight)
             styles.pop(weight, None)
@@ -88,6 +85,29 @@ def read_rules(rules: Sequence[Rule], weights: Iterable[str]) -> tuple[Read, lis
             if rule.role == "column":
                 packings[weight] = PACKINGS[rule.style]
     return Read(styles, packings, frozenset(whole)), problems
+
+
+def _unmatched(rule: Rule, modules: Sequence[str]) -> Problem:
+    """A rule that says nothing of any of the modules. They are those of a small model, which has the first blocks of each kind alone."""
+    general = replace(rule, pattern=_starred(rule.pattern))
+    if general != rule and any(_applies(general, module) for module in modules):
+        reason = "names one block; a rule holds for all blocks of a kind"
+        return Problem(FIELD, reason, f"use `*`: `{general.pattern}`", str(rule))
+    near = difflib.get_close_matches(re.sub(r"\d+", "*", rule.pattern), map(_starred, modules), n=1, cutoff=0.3)
+    remedy = f"did you mean `{near[0]}`? " if near else ""
+    remedy += "Name a module with a weight, relative to the model"
+    return Problem(FIELD, f"`{rule.pattern}` matches no module with a weight", remedy, str(rule))
+
+
+def vocabulary_styles(rules: Sequence[Rule], styled: Iterable[str]) -> list[Problem]:
+    """Rules that cut the embedding or the head in a way of their own. styled: weights of those with a style."""
+    modules = {module_of(weight) for weight in styled}
+    reason = "an embedding or a head is cut by words, or not at all"
+    return [
+        Problem(FIELD, reason, "use `replicate`, or leave the rule out", str(rule))
+        for rule in rules
+        if rule.role != "replicate" and any(_applies(rule, module) for module in modules)
+    ]
 
 
 def _applies(rule: Rule, module: str) -> bool:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from colossal_core.errors import Problem, raise_problems
-from colossal_core.specimen import SpecimenError, pattern_of
+from colossal_core.specimen import SpecimenError, pattern_of, patterns_of
 from colossal_tensor.group import Group, Stream, TensorPlan, expand, matches
 from colossal_tensor.layouts import placed_groups
 from colossal_tensor.search.boundary import streams, vocabularies
 from colossal_tensor.search.candidates import Kind, kinds_of
 from colossal_tensor.search.gathered import gathered_groups
 from colossal_tensor.search.laboratory import Laboratory, laboratory
-from colossal_tensor.search.proof import Outcome
+from colossal_tensor.search.proof import Outcome, Proof
 from colossal_tensor.search.rules import (
     Read,
     Rule,
@@ -25,6 +25,7 @@ from colossal_tensor.search.rules import (
     not_exact,
     plan_styles,
     read_rules,
+    vocabulary_styles,
 )
 from colossal_tensor.search.sites import find_sites, styled_sites
 
@@ -33,13 +34,12 @@ if TYPE_CHECKING:
     from colossal_core.specimen import Specimen
     from colossal_tensor.config import TensorConfig
 
-_CACHED_PLANS = 32
-
 
 @dataclass(frozen=True)
 class Question:
-    """What a plan depends on. key: of the specimen. copies: whether ranks hold the same key/value head. whole_logits: whether something
-    other than core's loss reads the head's outputs. shapes: of the model's parameters, by pattern.
+    """What a plan depends on. key: of the specimen. copies: whether ranks hold the same key/value head. whole_logits:
+    whether something other than core's loss reads the outputs. shapes: of the model's parameters, by pattern; frozen: patterns of those
+    that are not trained.
     """
 
     key: str
@@ -50,7 +50,13 @@ class Question:
     whole_logits: bool
     tensor_plan: tuple[tuple[str, str], ...]
     shapes: frozenset[tuple[str, tuple[int, ...]]]
+    frozen: frozenset[str]
     specimen: Specimen = field(compare=False, repr=False)
+
+    @property
+    def data(self) -> tuple[object, ...]:
+        """All of it that answers are kept by: without the specimen, which holds a model."""
+        return tuple(getattr(self, part.name) for part in fields(self) if part.compare)
 
     def divides(self, group: Group) -> bool:
         """Whether the model's sizes are divided evenly by the ranks wherever the group stands."""
@@ -63,15 +69,19 @@ class Question:
 
 
 def find_plan(anatomy: ModelAnatomy, config: TensorConfig) -> TensorPlan:
-    """What is cut in a model, every part of it proven on its specimen. The same model and section are asked once in a process.
+    """What is cut in a model, every part of it proven on its specimen, where the answer is kept (`Specimen.answers`).
 
     Raises: ConfigError for rules that match nothing, leave a module half sharded, or are not exact.
     """
     specimen = anatomy.specimen
     if specimen is None:
         return TensorPlan(notes=("no small model of this kind can be made: give model.example_batch",))
+    try:
+        key = specimen.key
+    except SpecimenError as error:
+        return _untried(error)
     question = Question(
-        key=specimen.key,
+        key=key,
         size=config.size,
         rules=tuple(Rule(pattern, style) for pattern, style in config.rules.items()),
         sequence_parallel=config.sequence_parallel is not False,
@@ -79,12 +89,13 @@ def find_plan(anatomy: ModelAnatomy, config: TensorConfig) -> TensorPlan:
         whole_logits=anatomy.own_loss or anatomy.task == "own-loss",
         tensor_plan=anatomy.tensor_plan,
         shapes=frozenset((pattern_of(fact.full_name), fact.shape) for fact in anatomy.parameters),
+        frozen=patterns_of(fact.full_name for fact in anatomy.parameters if not fact.trainable),
         specimen=specimen,
     )
     try:
         answer = _answer(question)
     except SpecimenError as error:
-        return TensorPlan(notes=(f"no small model of this kind could be tried: {error}",))
+        return _untried(error)
     placed, _ = placed_groups(answer.plan, anatomy, config.size)
     if any(place.parts.copies > 1 for place in placed):
         answer = _answer(replace(question, copies=True))  # what was found without copies is not proven with them
@@ -99,10 +110,19 @@ class _Answer:
     chains: tuple[tuple[str, ...], ...]
 
 
-@lru_cache(maxsize=_CACHED_PLANS)
+def _untried(error: SpecimenError) -> TensorPlan:
+    return TensorPlan(notes=(f"no small model of this kind could be tried: {error}",))
+
+
 def _answer(question: Question) -> _Answer:
+    answers = question.specimen.answers
+    known = answers.get(question.data)
+    if isinstance(known, _Answer):
+        return known
     lab = laboratory(question.specimen)
-    return _Answer(_Search(question, lab).plan(), tuple(chain.names for chain in lab.anatomy.chains))
+    found = _Answer(_Search(question, lab).plan(), tuple(chain.names for chain in lab.anatomy.chains))
+    answers[question.data] = found
+    return found
 
 
 def _on_model(answer: _Answer, anatomy: ModelAnatomy) -> Stream | None:
@@ -131,17 +151,26 @@ class _Search:
         self._source: dict[str, str] = {}
 
     def plan(self) -> TensorPlan:
-        groups = self._found_groups()
+        read = self._read()
+        groups = self._found_groups(read)
         plan = self._together(groups)
-        plan = self._with_vocabulary(plan)
+        plan = self._with_vocabulary(plan, read.whole)
         plan = self._with_stream(plan)
+        other = self._other_drops(plan) if plan.groups and plan.stream is None else ""
+        if other:
+            self._notes.append(f"dropout draws other numbers than one process: {other}")
         return replace(plan, notes=tuple(self._notes), source=self._source)
 
     # -- groups ------------------------------------------------------------------------------------------------------------------
 
-    def _found_groups(self) -> list[Group]:
-        read, problems = read_rules(self._question.rules, self._lab.weights)
-        raise_problems(problems)
+    def _read(self) -> Read:
+        """The user's rules, of products and of the vocabulary. Raises: ConfigError."""
+        lab = self._lab
+        read, problems = read_rules(self._question.rules, dict.fromkeys((*lab.weights, *sorted(lab.vocabulary))))
+        raise_problems([*problems, *vocabulary_styles(self._question.rules, lab.vocabulary & set(read.styles))])
+        return read
+
+    def _found_groups(self, read: Read) -> list[Group]:
         found = []
         for kind, source in self._kinds(read):
             group, said = self._first_exact(kind)
@@ -230,10 +259,11 @@ class _Search:
         """The proof on two ranks, and on three or four where there are more: where the small model's sizes allow it, and in any case where
         ranks hold the same key/value head.
         """
-        outcome, size = self._lab.proof.run(plan, 2), self._question.size
+        proof, size, whole = self._lab.proof, self._question.size, self._question.whole_logits
+        outcome = proof.run(plan, 2, whole_outputs=whole)
         if not outcome.passed or size <= 2:
             return outcome
-        more = self._lab.proof.run(plan, 3 if size == 3 else 4)
+        more = proof.run(plan, 3 if size == 3 else 4, whole_outputs=whole)
         shares = self._question.copies and any(group.units.key_value_heads for group in plan.groups)
         return more if not more.passed and (more.possible or shares) else outcome
 
@@ -264,9 +294,10 @@ class _Search:
 
     # -- the ends ----------------------------------------------------------------------------------------------------------------
 
-    def _with_vocabulary(self, plan: TensorPlan) -> TensorPlan:
+    def _with_vocabulary(self, plan: TensorPlan, whole: Set[str]) -> TensorPlan:
+        """whole: weights that the user's rules leave whole."""
         said = ""
-        for vocabulary in vocabularies(self._lab.anatomy, whole_logits=self._question.whole_logits):
+        for vocabulary in vocabularies(self._lab.anatomy, whole_logits=self._question.whole_logits, whole=whole):
             changed = replace(plan, vocabulary=vocabulary)
             outcome = self._proven(changed)
             if outcome.passed:
@@ -276,6 +307,17 @@ class _Search:
             self._notes.append(f"the vocabulary stays whole on every rank: {said}")
         return plan
 
+    def _other_drops(self, plan: TensorPlan) -> str:
+        """Why dropout under a plan is not that of one process, "" where it is."""
+        proof = self._dropping
+        return proof.run(plan).problem if proof is not None else ""
+
+    @cached_property
+    def _dropping(self) -> Proof | None:
+        from colossal_tensor.search.dropping import dropping_proof
+
+        return dropping_proof(self._question.specimen, self._lab)
+
     def _with_stream(self, plan: TensorPlan) -> TensorPlan:
         if not self._question.sequence_parallel or not plan.groups:
             return plan
@@ -283,9 +325,10 @@ class _Search:
         for stream in streams(self._lab, plan):
             changed = replace(plan, stream=stream)
             outcome = self._proven(changed)
-            if outcome.passed:
+            if outcome.passed and not self._other_drops(changed):
                 return self._settled(changed, outcome)
-            said = said or outcome.problem
+            drops = "dropout would draw other numbers than one process" if outcome.passed else ""
+            said = drops or said or outcome.problem
         self._notes.append(f"the sequence is not cut between groups: {said or 'the blocks are not known'}")
         return plan
 
