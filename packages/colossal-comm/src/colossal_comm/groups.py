@@ -142,7 +142,11 @@ class TorchTransport:
         del self.store
 
     def _count(self, key: str, wanted: int, deadline: float) -> None:
-        """Adds this rank to a counter of the store and waits until it stands at `wanted`, or for the deadline."""
+        """Adds this rank to a counter of the store and waits until it stands at `wanted`, or for the deadline. After it the store is not
+        asked: the process that hosts it may have gone, and torch would tell of that at length.
+        """
+        if time.monotonic() >= deadline:
+            return
         pause = 0.001
         try:
             arrived = self.store.add(key, 1)
