@@ -106,6 +106,7 @@ def test_state_of_tensor_ranks(small_model: Models, name: str, ranks: int, preci
 
 @pytest.mark.parametrize(("name", "stage"), [*(("llama", stage) for stage in range(4)), ("gpt2", 3)])
 def test_state_of_every_stage(small_model: Models, name: str, stage: int) -> None:
+    pytest.importorskip("colossal_zero")
     spec = spec_of(small_model(name, width=128), 2, True, shards=2, parallel={"zero": {"stage": stage}})
     check_state(spec.with_overrides({"precision": "bf16"}), 4)
 
