@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 pytest.importorskip("transformers", reason="builds models of transformers")
-pytest.importorskip("colossal_zero", reason="trains under stages of ZeRO")
-pytest.importorskip("colossal_tensor", reason="trains under tensor parallelism")
+pytest.importorskip("colossal_zero")
+pytest.importorskip("colossal_tensor")
 
 from colossal_core.testing import EXACT, WorkerPool
 from colossal_launch.architectures import NUM_RANKS, STAGES, check_stages, check_tensor, spec_of

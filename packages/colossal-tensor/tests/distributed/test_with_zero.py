@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers", reason="these are models of transformers")
-pytest.importorskip("colossal_zero", reason="trains under stages of ZeRO")
+pytest.importorskip("colossal_zero")
 
 from colossal_core.testing import RunRecord, RunSpec
 from colossal_core.testing.parity import ModelBuilder, prepare
