@@ -121,6 +121,8 @@ def without_cache(value: Any) -> Any:
         return type(value)(without_cache(item) for item in value)
     if type(value) is dict:
         return {key: without_cache(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) or type(value).__module__ in ("builtins", "torch"):
+        return value  # Dynamo cannot walk the classes of a tensor or a bool, and would leave the whole block to eager
     kinds = type(value).__mro__
     is_cache = any(kind.__module__.startswith("transformers.") and kind.__name__.endswith("Cache") for kind in kinds)
     return None if is_cache else value

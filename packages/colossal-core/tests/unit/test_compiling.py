@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from colossal_core.anatomy import BlockChain, ModelAnatomy
 from colossal_core.compiling import Compile, compile_spec
@@ -101,6 +102,38 @@ def test_inductor() -> None:
 
 def test_more_blocks_than_torch_recompiles_by_default() -> None:
     compare(10, "eager", "plain")
+
+
+class Alike(nn.Module):
+    """A block as transformers writes them: called with booleans and with a cache that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, *, use_cache: bool | None, past_key_values: Any) -> Tensor:
+        assert past_key_values is None
+        return x if use_cache else x + self.dropout(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("budget", ["plain", None, 0.5], ids=["plain", "full", "selective"])
+def test_one_whole_graph_serves_all_blocks(budget: float | str | None) -> None:
+    """A break in a recomputed block would leave all of it to eager; a graph for each block would cost minutes of start."""
+    blocks = nn.ModuleList(Alike() for _ in range(3))
+    x = torch.randn(4, 8, requires_grad=True)
+    for block in blocks:
+        if not isinstance(budget, str):
+            recomputation = Recomputation(block, [], budget)
+            recomputation.measure((x,), {"use_cache": False, "past_key_values": None})
+            install(recomputation)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        vars(block)["forward"] = torch.compile(block.forward, backend=counter, fullgraph=True)
+    for block in blocks:
+        x = block(x, use_cache=False, past_key_values=None)
+    x.sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_the_section_is_off_by_default() -> None:

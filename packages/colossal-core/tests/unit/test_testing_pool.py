@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -89,6 +90,26 @@ def test_hang_is_ended_and_no_process_is_left() -> None:
     assert str(raised.value) == "ranks [0] did not answer within 0.5 s; all workers were killed"
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_a_call_that_is_interrupted_leaves_no_answer_behind() -> None:
+    """As pytest's time limit does: an exception in the middle of a call, while the rank goes on."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with WorkerPool() as own:
+            first = own.run(1, world_size_and_process, 0)[0][1]
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(TimeoutError):
+                own.run(1, sleep)
+            ((number, second),) = own.run(1, world_size_and_process, 4)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert number == 5
+    assert first != second
 
 
 def test_several_ranks_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from colossal_tensor.hooks import ArgumentHook
 from colossal_tensor.matmul import SequenceMatmul
-from colossal_tensor.sequence import sequence_dim, with_arguments
+from colossal_tensor.sequence import sequence_dim
 
 
 def is_product(module: nn.Module) -> bool:
@@ -39,25 +40,15 @@ class FusedEntry:
     columns: tuple[nn.Module, ...]
 
     def install(self, module: nn.Module) -> None:
-        for column in self.columns:
-            vars(column)["arrived"] = None
+        for place, column in enumerate(self.columns):
+            vars(column)["place"] = place
             column.forward = MethodType(_found_or_made, column)
-        module.register_forward_pre_hook(self.before, with_kwargs=True)
-        module.register_forward_hook(self.after)
-
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del module
-        return with_arguments(args, kwargs, (self.argument,), self._entered)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Lets go of what no column has asked for: it holds a whole sequence."""
-        del module, args, output
-        for column in self.columns:
-            column.arrived = None  # type: ignore[assignment]
+        ArgumentHook((self.argument,), self._entered).install(module)
 
     def _entered(self, part: torch.Tensor) -> torch.Tensor:
+        """The whole sequence, which carries the products: on the tensor, because torch.compile lets a recomputed block write on nothing
+        that was there before it.
+        """
         weights, biases = _weights(self.columns), [column.bias for column in self.columns]
         whole, results = self.matmul.gather_columns(
             part,
@@ -66,8 +57,8 @@ class FusedEntry:
             dim=sequence_dim(part),
             transposed=is_transposed(self.columns[0]),
         )
-        for column, result in zip(self.columns, results, strict=True):
-            column.arrived = (whole, result)  # type: ignore[assignment]
+        whole = whole.view_as(whole)  # Dynamo sets attributes on what an operator returns alone
+        whole.products = dict(enumerate(results))  # type: ignore[attr-defined]
         return whole
 
 
@@ -77,11 +68,9 @@ def _weights(columns: Sequence[nn.Module]) -> list[torch.Tensor]:
 
 def _found_or_made(self: Any, x: torch.Tensor) -> torch.Tensor:
     """A column's forward: what its entry has made of the same tensor, or the product."""
-    arrived = self.arrived
-    if arrived is not None and arrived[0] is x:
-        self.arrived = None
-        result: torch.Tensor = arrived[1]
-        return result
+    products: dict[int, torch.Tensor] | None = getattr(x, "products", None)
+    if products is not None and self.place in products:
+        return products.pop(self.place)
     return F.linear(x, self.weight.t() if is_transposed(self) else self.weight, self.bias)
 
 
@@ -92,9 +81,17 @@ class FusedExit:
     matmul: SequenceMatmul
 
     def install(self, module: nn.Module) -> None:
-        module.forward = MethodType(self._left, module)
+        vars(module)["exit"] = self
+        module.forward = MethodType(_left, module)
 
-    def _left(self, module: Any, h: torch.Tensor) -> torch.Tensor:
-        transposed = is_transposed(module)
-        part = self.matmul.row_scatter(h, module.weight, dim=sequence_dim(h), transposed=transposed)
-        return part if module.bias is None else part + module.bias
+    def left(
+        self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool
+    ) -> torch.Tensor:
+        part = self.matmul.row_scatter(h, weight, dim=sequence_dim(h), transposed=transposed)
+        return part if bias is None else part + bias
+
+
+def _left(self: Any, h: torch.Tensor) -> torch.Tensor:
+    """A row's forward. The same function for every row: what torch.compile made of one block serves the next."""
+    exit_: FusedExit = self.exit
+    return exit_.left(h, self.weight, self.bias, transposed=is_transposed(self))

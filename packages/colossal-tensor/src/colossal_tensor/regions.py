@@ -19,6 +19,7 @@ from torch import nn
 from colossal_tensor.forwards import unbound
 from colossal_tensor.fused import FusedEntry, FusedExit, is_product, is_transposed
 from colossal_tensor.group import Entry, Exit, Group, TensorPlan, expand
+from colossal_tensor.hooks import ArgumentHook, Arguments, with_arguments, with_output
 from colossal_tensor.layouts import AXIS, Cutting, Placed
 from colossal_tensor.matmul import SequenceMatmul, sequence_matmul
 from colossal_tensor.sequence import install_stream, is_inside_whole, sequence_dim
@@ -123,8 +124,8 @@ class _Region:
         heads = self.placed.heads[0]
         for module, argument, dim in group.sliced:
             for name in expand(module, names):
-                hook = SliceHook(argument, dim, heads, (start * heads // whole, stop * heads // whole))
-                self.model.get_submodule(name).register_forward_pre_hook(hook.before, with_kwargs=True)
+                part = HeadsPart(dim, heads, (start * heads // whole, stop * heads // whole))
+                ArgumentHook((argument,), part).install(self.model.get_submodule(name))
 
     def _set_features(self, group: Group) -> None:
         """The sizes that linear layers say of themselves: adapters and printed models read them."""
@@ -145,17 +146,9 @@ class EntryHook:
     arguments: tuple[str, ...]
     sequence: bool
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         del module
-        changed = list(args)
-        for argument in self.arguments:
-            if argument.isdigit():
-                changed[int(argument)] = self._entered(changed[int(argument)])
-            else:
-                kwargs = {**kwargs, argument: self._entered(kwargs[argument])}
-        return tuple(changed), kwargs
+        return with_arguments(args, kwargs, self.arguments, self._entered)
 
     def _entered(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -179,11 +172,7 @@ class ExitHook:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
-        if isinstance(output, torch.Tensor):
-            return self._left(output)
-        parts = list(output)
-        parts[self.output] = self._left(parts[self.output])
-        return type(output)(parts) if type(output) in (tuple, list) else tuple(parts)
+        return with_output(output, self.output, self._left)
 
     def _left(self, value: torch.Tensor) -> torch.Tensor:
         if self.gathers:
@@ -198,25 +187,14 @@ class ExitHook:
 
 
 @dataclass(frozen=True)
-class SliceHook:
-    """An argument that holds every head along a dimension (alone, or the heads of each sample one after another): this rank's part."""
+class HeadsPart:
+    """This rank's part of an argument that holds every head along a dimension (alone, or the heads of each sample one after another)."""
 
-    argument: str
     dim: int
     heads: int
     held: tuple[int, int]
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del module
-        if self.argument.isdigit():
-            changed = list(args)
-            changed[int(self.argument)] = self._part(changed[int(self.argument)])
-            return tuple(changed), kwargs
-        return args, {**kwargs, self.argument: self._part(kwargs[self.argument])}
-
-    def _part(self, value: Any) -> Any:
+    def __call__(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.shape[self.dim] % self.heads:
             return value
         start, stop = self.held

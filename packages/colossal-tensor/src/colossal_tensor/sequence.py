@@ -7,17 +7,18 @@ together, which is right for whatever treats tokens one by one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from colossal_core.errors import ColossalError
 from colossal_tensor.group import Stream, expand, matches
+from colossal_tensor.hooks import ArgumentHook, OutputHook
 from colossal_tensor.layouts import AXIS
 
 if TYPE_CHECKING:
-    from colossal_core.collectives import Collectives
+    from colossal_core.collectives import Collectives, Cotangent
 
 SEQUENCE_DIM = 1
 
@@ -28,22 +29,23 @@ def sequence_dim(value: torch.Tensor) -> int:
 
 
 def install_stream(model: nn.Module, stream: Stream, collectives: Collectives) -> None:
-    """Cuts the stream where it enters the blocks and makes it whole where it leaves them."""
+    """Cuts the stream where it enters the blocks, and makes it whole where it leaves them (after the last block each rank computes the same
+    with it; at a head that is cut its gradient is a summand on each) and around modules that every rank computes alike.
+    """
+    part, alike = Part(collectives, "sequence"), Whole(collectives, "replicated", "sequence")
     for entry in stream.entries:
-        cut = CutHook(collectives, entry.arguments)
-        model.get_submodule(entry.module).register_forward_pre_hook(cut.before, with_kwargs=True)
+        ArgumentHook(entry.arguments, part).install(model.get_submodule(entry.module))
     for exit_ in stream.exits:
-        gather = GatherHook(collectives, exit_.output)
-        model.get_submodule(exit_.module).register_forward_hook(gather.after)
+        OutputHook(alike, exit_.output).install(model.get_submodule(exit_.module))
+    at_head = Whole(collectives, "partial", "head")
     for entry in stream.gathered_at:
-        late = LateGatherHook(collectives, entry.arguments)
-        model.get_submodule(entry.module).register_forward_pre_hook(late.before, with_kwargs=True)
+        ArgumentHook(entry.arguments, at_head).install(model.get_submodule(entry.module))
     names = [name for name, _ in model.named_modules()]
     for entry in stream.whole:
         for name in expand(entry.module, names):
             module = model.get_submodule(name)
-            module.register_forward_pre_hook(WholeHook(collectives, entry.arguments).before, with_kwargs=True)
-            module.register_forward_hook(PartHook(collectives).after)
+            ArgumentHook(entry.arguments, Whole(collectives, "replicated", "whole")).install(module)
+            OutputHook(Part(collectives, "whole")).install(module)
 
 
 def is_inside_whole(stream: Stream, name: str) -> bool:
@@ -54,56 +56,27 @@ def is_inside_whole(stream: Stream, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class WholeHook:
-    """Before a module that every rank computes alike: the whole sequence. Backward: this rank's part of the gradient, no message."""
+class Whole:
+    """The whole sequence from every rank's part. Backward: this rank's part of a gradient that all have (`replicated`: no message), or of
+    the sum of theirs (`partial`: a reduce-scatter).
+    """
 
     collectives: Collectives
-    arguments: tuple[str, ...]
+    cotangent: Cotangent
+    tag: str
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del module
-        return with_arguments(args, kwargs, self.arguments, self._whole)
-
-    def _whole(self, value: torch.Tensor) -> torch.Tensor:
-        dim = sequence_dim(value)
-        return self.collectives.all_gather(value, AXIS, dim=dim, cotangent="replicated", tag="whole")
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        return self.collectives.all_gather(value, AXIS, dim=sequence_dim(value), cotangent=self.cotangent, tag=self.tag)
 
 
 @dataclass(frozen=True)
-class PartHook:
-    """After it: this rank's part of its first tensor. Backward: an all-gather."""
+class Part:
+    """This rank's part of the sequence. Backward: an all-gather."""
 
     collectives: Collectives
+    tag: str
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        del module, args
-        if isinstance(output, torch.Tensor):
-            return self._part(output)
-        parts = list(output)
-        parts[0] = self._part(parts[0])
-        return tuple(parts)
-
-    def _part(self, value: torch.Tensor) -> torch.Tensor:
-        part = self.collectives.own_range(value, AXIS, dim=sequence_dim(value), tag="whole")
-        return part.contiguous()  # models take the stream's `view`
-
-
-@dataclass(frozen=True)
-class CutHook:
-    """Before the first block: this rank's part of the sequence. Backward: an all-gather."""
-
-    collectives: Collectives
-    arguments: tuple[str, ...]
-
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del module
-        return with_arguments(args, kwargs, self.arguments, self._part)
-
-    def _part(self, value: torch.Tensor) -> torch.Tensor:
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
         size, ranks = value.shape[sequence_dim(value)], self.collectives.size(AXIS)
         if size % ranks:
             message = (
@@ -112,55 +85,5 @@ class CutHook:
                 "to generate, load what export_hf writes"
             )
             raise ColossalError(message)
-        part = self.collectives.own_range(value, AXIS, dim=sequence_dim(value), tag="sequence")
+        part = self.collectives.own_range(value, AXIS, dim=sequence_dim(value), tag=self.tag)
         return part.contiguous()  # models take the stream's `view`
-
-
-@dataclass(frozen=True)
-class GatherHook:
-    """After the last block: the whole sequence on every rank, each of which computes the same with it. Backward: its own part."""
-
-    collectives: Collectives
-    output: int
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        del module, args
-        if isinstance(output, torch.Tensor):
-            return self._whole(output)
-        parts = list(output)
-        parts[self.output] = self._whole(parts[self.output])
-        return tuple(parts)
-
-    def _whole(self, value: torch.Tensor) -> torch.Tensor:
-        dim = sequence_dim(value)
-        return self.collectives.all_gather(value, AXIS, dim=dim, cotangent="replicated", tag="sequence")
-
-
-@dataclass(frozen=True)
-class LateGatherHook:
-    """Before a head that is cut itself: the whole sequence, whose gradient is a summand on each rank. Backward: a reduce-scatter."""
-
-    collectives: Collectives
-    arguments: tuple[str, ...]
-
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del module
-        return with_arguments(args, kwargs, self.arguments, self._whole)
-
-    def _whole(self, value: torch.Tensor) -> torch.Tensor:
-        return self.collectives.all_gather(value, AXIS, dim=sequence_dim(value), cotangent="partial", tag="head")
-
-
-def with_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], arguments: tuple[str, ...], change: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with some of them changed, by position or keyword."""
-    changed = list(args)
-    for argument in arguments:
-        if argument.isdigit():
-            changed[int(argument)] = change(changed[int(argument)])
-        else:
-            kwargs = {**kwargs, argument: change(kwargs[argument])}
-    return tuple(changed), kwargs

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="these are models of transformers")
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from colossal_core.testing import RunSpec, WorkerPool
 from colossal_core.testing.parity import share_of_step, start
@@ -80,25 +79,29 @@ def test_a_part_that_a_rule_leaves_whole(run_of: Run, exact: Exact, name: str, s
     exact(run_of("llama", {"parallel.tensor": tensor}), size)
 
 
-def trained_whole_graphs(collectives: Collectives, spec: RunSpec) -> list[float]:
-    """Losses of two steps with every block traced as one graph: a break in it is an error."""
+def trained_whole_graphs(collectives: Collectives, spec: RunSpec) -> tuple[list[float], int]:
+    """Losses of two steps with every block traced as one graph (a break in it is an error), and the number of graphs."""
     trained = start(spec, collectives)
+    counter = CompileCounterWithBackend("aot_eager")
     for name in trained.plan.block_names:
         block = trained.module.get_submodule(name)
-        vars(block)["forward"] = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+        vars(block)["forward"] = torch.compile(block.forward, backend=counter, fullgraph=True)
     shares = (share_of_step(spec, trained.plan, collectives.rank, step) for step in range(spec.num_steps))
-    return [float(trained.train_step(share).loss) for share in shares]
+    return [float(trained.train_step(share).loss) for share in shares], counter.frame_count
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_blocks_are_traced_whole(
-    pool: WorkerPool, run_of: Run, oracles: Any, kind: str, sequence_parallel: bool
+def test_one_whole_graph_serves_all_blocks(
+    pool: WorkerPool, run_of: Run, oracles: Any, kind: str, sequence_parallel: bool, recompute: str
 ) -> None:
-    spec = run_of(kind, {"parallel.tensor": {"size": 2, "sequence_parallel": sequence_parallel}})
+    tensor = {"size": 2, "sequence_parallel": sequence_parallel}
+    spec = run_of(kind, {"parallel.tensor": tensor, "recompute": {"mode": recompute}})
     wanted = [step.loss for step in oracles.of(spec).steps]
-    for losses in pool.run(2, trained_whole_graphs, spec):
+    for losses, num_graphs in pool.run(2, trained_whole_graphs, spec):
         assert max(abs(ours - true) / true for ours, true in zip(losses, wanted, strict=True)) <= 1e-12
+        assert num_graphs == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

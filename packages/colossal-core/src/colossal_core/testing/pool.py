@@ -55,7 +55,7 @@ class WorkerPool:
     interpreter's exit, and when the parent is killed, the workers end too.
     """
 
-    def __init__(self, timeout_seconds: float = 60.0) -> None:
+    def __init__(self, timeout_seconds: float = 180.0) -> None:
         self.timeout_seconds = timeout_seconds
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
@@ -83,8 +83,13 @@ class WorkerPool:
         chosen = self._workers[:world_size]
         for rank, worker in enumerate(chosen):
             worker.pipe.send_bytes(pickle.dumps(replace(job, rank=rank)))
-        answers, failures = self._collect(chosen)
-        store.unlink(missing_ok=True)
+        try:
+            answers, failures = self._collect(chosen)
+        except BaseException:  # a test's time limit, Ctrl-C: what arrives late must not be taken for the next call's answer
+            self._kill()
+            raise
+        finally:
+            store.unlink(missing_ok=True)
         if failures or len(answers) < world_size:
             self._kill()
             _raise(failures, [rank for rank in range(world_size) if rank not in answers], self.timeout_seconds)
