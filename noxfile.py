@@ -42,6 +42,12 @@ IMPORT_NAMES = {"pyyaml": "yaml"}
 """Distributions whose module has another name."""
 GATES = ["lint", "types", "boundaries", "imports", "docs", "wheels", *(f"isolated({name})" for name in PROJECTS)]
 
+TEST_RUN = (
+    *("python", "-m", "pytest", "-m", "not gpu", "--strict-skips"),
+    *("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
+)
+"""All tests that need no accelerator, a file at a time on each core."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -221,7 +227,7 @@ def tests(session: nox.Session) -> None:
     for gate in GATES:
         session.notify(gate, posargs=[])
     paths = [str(path) for name in PACKAGES for path in composition_tests(name)]
-    environment.run("python", "-m", "pytest", "-m", "not gpu", "--strict-skips", "--durations=10", *paths, "docs")
+    environment.run(*TEST_RUN, "--durations=10", *paths, "docs")
 
 
 def composition_tests(name: str) -> list[Path]:
@@ -255,7 +261,7 @@ def isolated(session: nox.Session, project: str) -> None:
     absent -= brought_along(environment.site_packages, declared.index)
     modules = ",".join(sorted(IMPORT_NAMES.get(name, name.replace("-", "_")) for name in absent))
     paths = [str(path) for path in test_folders(project)]
-    environment.run("python", "-m", "pytest", "-m", "not gpu", "--strict-skips", f"--absent={modules}", *paths)
+    environment.run(*TEST_RUN, f"--absent={modules}", *paths)
 
 
 @nox.session(python=False)

@@ -63,7 +63,7 @@ CUT = {
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    with WorkerPool(timeout_seconds=60) as running:
+    with WorkerPool() as running:
         yield running
 
 

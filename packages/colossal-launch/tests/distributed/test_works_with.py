@@ -142,7 +142,7 @@ PAIRS = [(thing, way) for thing, found in THINGS.items() for way in found.ways]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    with WorkerPool(timeout_seconds=120) as made:
+    with WorkerPool() as made:
         yield made
 
 
