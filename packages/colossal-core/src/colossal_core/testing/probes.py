@@ -21,6 +21,7 @@ CORE_TAGS = (
     "plan",
     "initial values",
     "items",
+    "batch",
     "loss and norm",
     "full tensor",
     "random state",

@@ -74,7 +74,7 @@ class StrategySuite(SealedSuite, suite=True):
             "ranks": [(small, large), (large, small)] if small != large else [(small, small)],
             "optimizer": list(OPTIMIZERS),
         }
-        for argument in set(choices) & set(metafunc.fixturenames):
+        for argument in (name for name in choices if name in metafunc.fixturenames):
             metafunc.parametrize(argument, choices[argument], ids=[_id(value) for value in choices[argument]])
 
     @pytest.fixture
