@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from colossal_core.testing import RunRecord, RunSpec, WorkerPool, compare, table
 from colossal_core.testing.models import TokenBatches
 from colossal_core.testing.parity import oracle_of
-from colossal_core.testing.probes import record
+from colossal_core.testing.pool import PRELOAD
+from colossal_core.testing.probes import load_and_go_on, record, save_and_go_on
 from colossal_core.testing.suites import session_pool
 from colossal_core.testing.verification import ADAMW, SGD
 
@@ -50,6 +53,8 @@ KINDS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 """Classes of the config and of the model, and sizes: grouped key/value heads; a tied head, biases and fused projections; dropout of
 attention probabilities in a module.
 """
+MODULES = tuple(f"transformers.models.{kind}.modeling_{kind}" for kind in KINDS)
+"""What every rank would import by itself, for seconds, were it not forked from a process that has."""
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"adamw": {**ADAMW, "eps": 1e-6}, "sgd": SGD}
 """AdamW's eps: a gradient that is zero in theory (of a key's bias) is rounding, and is divided by this."""
 
@@ -72,9 +77,20 @@ class SmallModel:
         return built
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Ranks that are simulated are threads of this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def pool(request: pytest.FixtureRequest) -> WorkerPool:
-    return session_pool(request.config)
+    pool = session_pool(request.config)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *MODULES])
+    return pool
 
 
 @pytest.fixture(scope="session")
@@ -158,5 +174,23 @@ def different(pool: WorkerPool, oracles: Oracles) -> Callable[..., bool]:
     def check(spec: RunSpec, num_ranks: int, function: Callable[..., RunRecord], *arguments: Any) -> bool:
         rows = compare(pool.run(num_ranks, function, spec, *arguments), oracles.of(replace(spec, mutant=None)))
         return not all(row.passed for row in rows)
+
+    return check
+
+
+@pytest.fixture
+def goes_on(pool: WorkerPool) -> Callable[..., None]:
+    """(directory, (ranks, run) that saves, (ranks, run)... that load) -> every element comes back bit for bit, and the next step is the one
+    that the run that saved has made.
+    """
+
+    def check(directory: str, saving: tuple[int, RunSpec], *loading: tuple[int, RunSpec]) -> None:
+        saved, after = pool.run(saving[0], save_and_go_on, saving[1], directory)[0]
+        for num_ranks, spec in loading:
+            for loaded, step in pool.run(num_ranks, load_and_go_on, spec, directory):
+                rows = compare(loaded, saved, limit=0.0)
+                assert all(row.passed for row in rows), f"{num_ranks} ranks\n{table(rows)}"
+                rows = compare(RunRecord((step,), {}, {}, ""), RunRecord((after,), {}, {}, ""))
+                assert all(row.passed for row in rows), f"{num_ranks} ranks\n{table(rows)}"
 
     return check

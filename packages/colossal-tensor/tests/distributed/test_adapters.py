@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="these are models of transformers")
-pytest.importorskip("peft", reason="these are adapters of PEFT")
-
 from colossal_core.testing import RunSpec
 from colossal_core.testing.parity import ModelBuilder, prepare
 

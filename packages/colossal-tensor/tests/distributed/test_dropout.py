@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="these are models of transformers")
-
 from colossal_core.testing import RunSpec, WorkerPool, compare, table
 from colossal_core.testing.parity import share_of_step, start
 from colossal_core.testing.probes import record
@@ -51,13 +49,6 @@ def test_keyed_numbers_are_those_of_one_process(
 @pytest.mark.parametrize("kind", MODELS)
 def test_compiled_and_recomputed(run_of: Run, exact: Exact, kind: str) -> None:
     exact(dropping(run_of, kind, 2, sequence_parallel=True, **COMPILED), 2)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_beside_data_parallel_ranks(run_of: Run, exact: Exact, kind: str) -> None:
-    pytest.importorskip("colossal_zero")
-    zero = {"parallel.zero": {"stage": 1}, "batch.micro_size": 1}
-    exact(dropping(run_of, kind, 2, sequence_parallel=True, **zero), 4)
 
 
 def test_inside_a_part_that_is_computed_on_whole_sequences(run_of: Run, exact: Exact) -> None:

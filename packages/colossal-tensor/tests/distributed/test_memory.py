@@ -1,10 +1,10 @@
-"""Bytes of live tensors under tensor parallelism beside the estimate: the state of every stage, and what a microbatch takes."""
+"""Bytes of live tensors under tensor parallelism beside the estimate: their state, and what a microbatch takes."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +19,7 @@ from colossal_core.loss import LossOwner
 from colossal_core.memory_report import live_bytes
 from colossal_core.ops import OpTable
 from colossal_core.ops.reference import reference_ops
-from colossal_core.peak_estimate import PeakEstimator, state_table, treatment_of
+from colossal_core.peak_estimate import PeakEstimator, treatment_of
 from colossal_core.precision import precision_of
 from colossal_core.rank_compute import rank_compute
 from colossal_core.testing import RunSpec
@@ -32,29 +32,7 @@ if TYPE_CHECKING:
     from colossal_core.trained import Trained
 
 LENGTH, MICRO_SIZE, VOCABULARY = 32, 8, 512
-STATE = {
-    "parameters": "parameter_bytes",
-    "masters": "master_bytes",
-    "gradients": "gradient_bytes",
-    "optimizer": "optimizer_bytes",
-}
-Models = Callable[..., Callable[[], "nn.Module"]]
-
-
-@pytest.fixture
-def small_model(run_of: Callable[..., RunSpec]) -> Models:
-    """(kind, layers, width, vocabulary) -> what builds such a model."""
-
-    def sized(kind: str, layers: int = 2, width: int = 64, vocab_size: int = 250) -> Callable[[], nn.Module]:
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size")
-        if kind == "gpt2":
-            names = ("n_layer", "n_embd", "n_inner")
-        sizes = dict(zip(names, (layers, width, width * 11 // 4), strict=True))
-        built = run_of(kind, {}, {**sizes, "vocab_size": vocab_size}).model
-        assert not isinstance(built, str)
-        return built
-
-    return sized
+Sized = Callable[..., RunSpec]
 
 
 @dataclass(frozen=True)
@@ -67,51 +45,25 @@ class WholeTexts:
         return {"input_ids": ids, "labels": ids}
 
 
-def spec_of(model: Callable[[], nn.Module], ranks: int, sequence: bool, *, shards: int = 1, **more: Any) -> RunSpec:
-    parallel = {"tensor": {"size": ranks, "sequence_parallel": sequence}, **more.pop("parallel", {})}
-    batch = {"global_size": MICRO_SIZE * shards, "micro_size": MICRO_SIZE}
-    config = {"batch": batch, "precision": "fp32", "parallel": parallel, **more}
-    return RunSpec(config, model, WholeTexts(), task="causal-lm")
-
-
-# -- state ---------------------------------------------------------------------------------------------------------------------------
-
-
-def check_state(spec: RunSpec, world_size: int) -> None:
-    """The fullest rank has what the estimate says, kind by kind, within 3 %."""
-    prepared = prepare(spec, world_size)
-
-    def live(collectives: Collectives) -> Mapping[str, int]:
-        trained = start(spec, collectives)
-        trained.train_step(share_of_step(spec, trained.plan, collectives.rank, 0))
-        trained._engine.state.wait_published()
-        return live_bytes(trained)
-
-    found = run_simulated(prepared.plan.mesh, live)
-    table = state_table(prepared.plan, prepared.strategies, 16.0 if prepared.config.precision == "fp64" else 8.0)
-    for kind, column in STATE.items():
-        measured, formula = max(rank[kind] for rank in found), float(table.column(column)[0])
-        told = f"{kind}: measured {measured}, formula {formula:.0f}"
-        assert abs(measured - formula) <= max(0.03 * formula, 64), told
-
-
 @pytest.mark.parametrize(
     ("name", "ranks", "precision"),
     [("llama", 2, "bf16"), ("llama", 4, "fp32"), ("gpt2", 2, "fp32"), ("gpt2", 3, "bf16")],
 )
-def test_state_of_tensor_ranks(small_model: Models, name: str, ranks: int, precision: str) -> None:
+def test_state_of_tensor_ranks(
+    sized_run: Sized, keeps_as_estimated: Callable[[RunSpec, int], None], name: str, ranks: int, precision: str
+) -> None:
     """Norms are whole on every rank, key/value heads on 4 ranks twice, and 3 ranks have 2, 1 and 1 of 4 heads."""
-    check_state(spec_of(small_model(name), ranks, False).with_overrides({"precision": precision}), ranks)
-
-
-@pytest.mark.parametrize(("name", "stage"), [*(("llama", stage) for stage in range(4)), ("gpt2", 3)])
-def test_state_of_every_stage(small_model: Models, name: str, stage: int) -> None:
-    pytest.importorskip("colossal_zero")
-    spec = spec_of(small_model(name, width=128), 2, True, shards=2, parallel={"zero": {"stage": stage}})
-    check_state(spec.with_overrides({"precision": "bf16"}), 4)
+    keeps_as_estimated(sized_run(name, ranks, False, config={"precision": precision}), ranks)
 
 
 # -- activations ---------------------------------------------------------------------------------------------------------------------
+
+
+def larger_run(sized_run: Sized, name: str, ranks: int, sequence: bool, **sections: Any) -> RunSpec:
+    """Three layers and one microbatch, of which activations take more than state."""
+    config = {"batch": {"global_size": MICRO_SIZE, "micro_size": MICRO_SIZE}, **sections}
+    spec = sized_run(name, ranks, sequence, layers=3, vocab_size=VOCABULARY, config=config)
+    return replace(spec, batch=WholeTexts())
 
 
 @dataclass(frozen=True)
@@ -209,9 +161,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "ranks", "sequence"), CASES)
-def test_activations_of_a_rank(small_model: Models, name: str, ranks: int, sequence: bool) -> None:
+def test_activations_of_a_rank(sized_run: Sized, name: str, ranks: int, sequence: bool) -> None:
     """The first rank's, traced before and in training."""
-    spec = spec_of(small_model(name, 3, vocab_size=VOCABULARY), ranks, sequence)
+    spec = larger_run(sized_run, name, ranks, sequence)
     before, found = run_both(spec, ranks)
     assert before.problem == ""
     in_training, real = found[0]
@@ -221,8 +173,8 @@ def test_activations_of_a_rank(small_model: Models, name: str, ranks: int, seque
 
 
 @pytest.mark.parametrize(("name", "sequence"), [("llama", False), ("llama", True), ("gpt2", True)])
-def test_activations_of_recomputed_blocks(small_model: Models, name: str, sequence: bool) -> None:
-    spec = spec_of(small_model(name, 3, vocab_size=VOCABULARY), 2, sequence, recompute={"mode": "full"})
+def test_activations_of_recomputed_blocks(sized_run: Sized, name: str, sequence: bool) -> None:
+    spec = larger_run(sized_run, name, 2, sequence, recompute={"mode": "full"})
     before, found = run_both(spec, 2)
     in_training, real = found[0]
     assert in_training == before
@@ -232,11 +184,11 @@ def test_activations_of_recomputed_blocks(small_model: Models, name: str, sequen
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_sequence_and_heads_make_activations_smaller(small_model: Models, sequence: bool) -> None:
+def test_sequence_and_heads_make_activations_smaller(sized_run: Sized, sequence: bool) -> None:
     """What a rank keeps of a block falls with the ranks; also where blocks are compiled."""
     compiled, kept = {"enabled": True, "backend": "aot_eager"}, []
     for ranks in (2, 4):
-        spec = spec_of(small_model("llama", 3, vocab_size=VOCABULARY), ranks, sequence, compile=compiled)
+        spec = larger_run(sized_run, "llama", ranks, sequence, compile=compiled)
         traced = traced_before(prepare(spec, ranks))
         assert traced.problem == ""
         kept.append(traced.kept_bytes)
@@ -244,9 +196,9 @@ def test_sequence_and_heads_make_activations_smaller(small_model: Models, sequen
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_the_peak_of_a_step(small_model: Models, sequence: bool) -> None:
+def test_the_peak_of_a_step(sized_run: Sized, sequence: bool) -> None:
     """State and activations together, at the highest moment, within 5 %."""
-    spec = spec_of(small_model("llama", 3, vocab_size=VOCABULARY), 2, sequence)
+    spec = larger_run(sized_run, "llama", 2, sequence)
     prepared = prepare(spec, 2)
     plan = prepared.plan
     estimator = PeakEstimator(

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="these are models of transformers")
-
 from colossal_core.layout import ParameterLayout
 from colossal_core.testing import RunRecord, RunSpec
 from colossal_core.testing.mutants import MUTANTS

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="these are models of transformers")
-
 from colossal_core.errors import ColossalError, ConfigError
 from colossal_core.testing import RunSpec, WorkerPool
 from colossal_core.testing.models import TokenBatches

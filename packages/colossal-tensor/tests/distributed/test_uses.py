@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="these are models of transformers")
-
 from colossal_core.errors import ConfigError
 from colossal_core.examine import examine
 from colossal_core.ops import build_op_table

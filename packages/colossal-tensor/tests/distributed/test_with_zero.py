@@ -1,17 +1,17 @@
-"""Two tensor ranks beside two data-parallel ones, under every stage of ZeRO, against one process in float64."""
+"""Two tensor ranks beside two data-parallel ones, under every stage of ZeRO, against one process in float64; also from a checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers", reason="these are models of transformers")
 pytest.importorskip("colossal_zero")
 
 from colossal_core.testing import RunRecord, RunSpec
@@ -28,6 +28,11 @@ SMALL = 9000
 """Bytes: a block's parameters then lie in several buckets."""
 UNEVEN = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 97}
 """Two ranks get four and two heads, and 49 and 48 words."""
+DROPPING: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.2, "embd_pdrop": 0.2},
+    "bloom": {"attention_dropout": 0.2},
+}
+"""Dropout of the stream, and of attention probabilities in a module."""
 OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
     "lion": {"betas": (0.9, 0.99)},
     "lamb": {},
@@ -117,3 +122,28 @@ def test_matrices_that_are_not_trained(run_of: Run, exact: Exact, stage: int) ->
     spec = run_of("llama", overrides({"stage": stage}), {"vocab_size": 97})
     assert not isinstance(spec.model, str)
     exact(replace(spec, model=Frozen(spec.model)), 4)
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_beside_data_parallel_ranks(run_of: Run, exact: Exact, kind: str) -> None:
+    """Dropout: every rank drops what one process drops of its sequences."""
+    config = {
+        "batch.micro_size": 1,
+        "parallel.tensor": {"size": 2, "sequence_parallel": True},
+        "parallel.zero": {"stage": 1},
+    }
+    exact(run_of(kind, config, DROPPING[kind], attention="eager"), 4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_goes_on_from_tensor_ranks_with_shards(
+    run_of: Run, goes_on: Callable[..., None], stage: int, tmp_path: Path
+) -> None:
+    """Saved by two tensor ranks beside two data-parallel ones; no number of ranks divides the words."""
+
+    def spec(size: int, zero_stage: int) -> RunSpec:
+        zero = {"stage": zero_stage, "bucket_bytes": SMALL}
+        config = {"batch.micro_size": 1, "parallel.tensor.size": size, "parallel.zero": zero}
+        return run_of("llama", config, {"vocab_size": 97})
+
+    goes_on(str(tmp_path), (4, spec(2, stage)), (2, spec(1, stage)), (4, spec(4, 1)), (1, spec(1, 0)))

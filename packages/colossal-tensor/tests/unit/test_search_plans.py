@@ -6,8 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from colossal_core.anatomy import ModelAnatomy
@@ -18,13 +20,6 @@ from colossal_tensor.config import TensorConfig
 from colossal_tensor.group import Exit, TensorPlan
 from colossal_tensor.layouts import tensor_layouts
 from colossal_tensor.search.search import find_plan
-
-transformers = pytest.importorskip("transformers", reason="its architectures are what plans are found for")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def anatomy_of(model_class: str, config_class: str, **sizes: Any) -> ModelAnatomy:
@@ -119,7 +114,6 @@ def test_the_same_question_is_answered_once() -> None:
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_adapters_are_cut_with_the_layers_that_they_adapt() -> None:
-    peft = pytest.importorskip("peft", reason="makes the adapters")
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,

@@ -103,7 +103,6 @@ ATTENTION = Group(
 
 @pytest.fixture(scope="module")
 def lab() -> Laboratory:
-    torch.set_num_threads(1)
     return laboratory(Small(Model))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import transformers
 
 from colossal_core.errors import ConfigError
 from colossal_core.examine import examine
@@ -13,8 +14,6 @@ from colossal_tensor.config import TensorConfig
 from colossal_tensor.group import TensorPlan, Vocabulary
 from colossal_tensor.search.rules import Rule, module_of, name_styles, plan_styles, read_rules
 from colossal_tensor.search.search import find_plan
-
-transformers = pytest.importorskip("transformers", reason="its models are what rules are written for")
 
 WEIGHTS = [
     "model.layers.0.self_attn.q_proj.weight",
