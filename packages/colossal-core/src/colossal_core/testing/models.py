@@ -66,7 +66,8 @@ class Block(nn.Module):
 
     def _attention(self, x_BLD: torch.Tensor, mask_BLL: torch.Tensor) -> torch.Tensor:
         fused = self.query_key_value(x_BLD)
-        heads = fused.view(*fused.shape[:-1], 3, -1, self.head_size)  # `unflatten` breaks a graph that is traced in float64
+        # Not `unflatten`, which breaks a graph that is traced in float64.
+        heads = fused.view(*fused.shape[:-1], 3, -1, self.head_size)
         query_BHLK, key_BHLK, value_BHLK = heads.permute(2, 0, 3, 1, 4).unbind(0)
         scores_BHLL = query_BHLK @ key_BHLK.transpose(-1, -2) / math.sqrt(self.head_size)
         scores_BHLL = scores_BHLL.masked_fill(~mask_BLL[:, None], -1.0e4)

@@ -85,7 +85,7 @@ class WorkerPool:
             worker.pipe.send_bytes(pickle.dumps(replace(job, rank=rank)))
         try:
             answers, failures = self._collect(chosen)
-        except BaseException:  # a test's time limit, Ctrl-C: what arrives late must not be taken for the next call's answer
+        except BaseException:  # a test's time limit, Ctrl-C: a late answer must not be taken for the next call's
             self._kill()
             raise
         finally:
