@@ -73,7 +73,7 @@ class TensorStrategy:
             yield Problem("data.sequence_length", reason, remedy, length)
 
     def _found(self, anatomy: ModelAnatomy, config: TrainConfig) -> TensorPlan:
-        from colossal_tensor.search.search import find_plan
+        from colossal_tensor.search.find import find_plan
 
         length = config.data.sequence_length if config.data is not None else 0
         if self.config.sequence_parallel is None and length % self.config.size:

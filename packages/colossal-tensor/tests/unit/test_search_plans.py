@@ -19,7 +19,7 @@ from colossal_core.plan import initial_layouts
 from colossal_tensor.config import TensorConfig
 from colossal_tensor.group import Exit, TensorPlan
 from colossal_tensor.layouts import tensor_layouts
-from colossal_tensor.search.search import find_plan
+from colossal_tensor.search.find import find_plan
 
 
 def anatomy_of(model_class: str, config_class: str, **sizes: Any) -> ModelAnatomy:

@@ -12,8 +12,8 @@ from colossal_core.errors import ConfigError
 from colossal_core.examine import examine
 from colossal_tensor.config import TensorConfig
 from colossal_tensor.group import TensorPlan, Vocabulary
+from colossal_tensor.search.find import find_plan
 from colossal_tensor.search.rules import Rule, module_of, name_styles, plan_styles, read_rules
-from colossal_tensor.search.search import find_plan
 
 WEIGHTS = [
     "model.layers.0.self_attn.q_proj.weight",

@@ -1,24 +1,21 @@
-"""The plan for a kind of model: found once for its specimen, group by group, then proven as a whole."""
+"""The search for a plan on a specimen: group by group, then the vocabulary and the sequence, each proven beside what is there already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from colossal_core.errors import Problem, raise_problems
-from colossal_core.specimen import SpecimenError, pattern_of, patterns_of
-from colossal_tensor.group import Group, Stream, TensorPlan, expand, matches
-from colossal_tensor.layouts import placed_groups
+from colossal_tensor.group import Group, TensorPlan, expand, matches
 from colossal_tensor.search.boundary import streams, vocabularies
 from colossal_tensor.search.candidates import Kind, kinds_of
 from colossal_tensor.search.gathered import gathered_groups
-from colossal_tensor.search.laboratory import Laboratory, laboratory
+from colossal_tensor.search.laboratory import Laboratory
 from colossal_tensor.search.proof import Outcome, Proof
+from colossal_tensor.search.question import Question
 from colossal_tensor.search.rules import (
     Read,
-    Rule,
     half_sharded,
     module_of,
     name_styles,
@@ -29,121 +26,9 @@ from colossal_tensor.search.rules import (
 )
 from colossal_tensor.search.sites import find_sites, styled_sites
 
-if TYPE_CHECKING:
-    from colossal_core.anatomy import ModelAnatomy
-    from colossal_core.specimen import Specimen
-    from colossal_tensor.config import TensorConfig
 
-
-@dataclass(frozen=True)
-class Question:
-    """What a plan depends on. key: of the specimen. copies: whether ranks hold the same key/value head. whole_logits:
-    whether something other than core's loss reads the outputs. shapes: of the model's parameters, by pattern; frozen: patterns of those
-    that are not trained.
-    """
-
-    key: str
-    size: int
-    rules: tuple[Rule, ...]
-    sequence_parallel: bool
-    copies: bool
-    whole_logits: bool
-    tensor_plan: tuple[tuple[str, str], ...]
-    shapes: frozenset[tuple[str, tuple[int, ...]]]
-    frozen: frozenset[str]
-    specimen: Specimen = field(compare=False, repr=False)
-
-    @property
-    def data(self) -> tuple[object, ...]:
-        """All of it that answers are kept by: without the specimen, which holds a model."""
-        return tuple(getattr(self, part.name) for part in fields(self) if part.compare)
-
-    def divides(self, group: Group) -> bool:
-        """Whether the model's sizes are divided evenly by the ranks wherever the group stands."""
-        return all(
-            shape[cut.dim] % self.size == 0
-            for cut in group.cuts
-            for pattern, shape in self.shapes
-            if matches(cut.parameter, pattern.replace("*", "0"))
-        )
-
-
-def find_plan(anatomy: ModelAnatomy, config: TensorConfig) -> TensorPlan:
-    """What is cut in a model, every part of it proven on its specimen, where the answer is kept (`Specimen.answers`).
-
-    Raises: ConfigError for rules that match nothing, leave a module half sharded, or are not exact.
-    """
-    specimen = anatomy.specimen
-    if specimen is None:
-        return TensorPlan(notes=("no small model of this kind can be made: give model.example_batch",))
-    try:
-        key = specimen.key
-    except SpecimenError as error:
-        return _untried(error)
-    question = Question(
-        key=key,
-        size=config.size,
-        rules=tuple(Rule(pattern, style) for pattern, style in config.rules.items()),
-        sequence_parallel=config.sequence_parallel is not False,
-        copies=False,
-        whole_logits=anatomy.own_loss or anatomy.task == "own-loss",
-        tensor_plan=anatomy.tensor_plan,
-        shapes=frozenset((pattern_of(fact.full_name), fact.shape) for fact in anatomy.parameters),
-        frozen=patterns_of(fact.full_name for fact in anatomy.parameters if not fact.trainable),
-        specimen=specimen,
-    )
-    try:
-        answer = _answer(question)
-    except SpecimenError as error:
-        return _untried(error)
-    placed, _ = placed_groups(answer.plan, anatomy, config.size)
-    if any(place.parts.copies > 1 for place in placed):
-        answer = _answer(replace(question, copies=True))  # what was found without copies is not proven with them
-    return replace(answer.plan, stream=_on_model(answer, anatomy))
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A plan in the names of the small model, and that model's blocks."""
-
-    plan: TensorPlan
-    chains: tuple[tuple[str, ...], ...]
-
-
-def _untried(error: SpecimenError) -> TensorPlan:
-    return TensorPlan(notes=(f"no small model of this kind could be tried: {error}",))
-
-
-def _answer(question: Question) -> _Answer:
-    answers = question.specimen.answers
-    known = answers.get(question.data)
-    if isinstance(known, _Answer):
-        return known
-    lab = laboratory(question.specimen)
-    found = _Answer(_Search(question, lab).plan(), tuple(chain.names for chain in lab.anatomy.chains))
-    answers[question.data] = found
-    return found
-
-
-def _on_model(answer: _Answer, anatomy: ModelAnatomy) -> Stream | None:
-    """The stream between the first and the last blocks of the model itself, which has more of them than the small one."""
-    stream = answer.plan.stream
-    if stream is None:
-        return None
-    ends: dict[str, str] = {}
-    for names in answer.chains:
-        own = next((chain for chain in anatomy.chains if pattern_of(chain.names[0]) == pattern_of(names[0])), None)
-        if own is None:
-            return None
-        ends |= {names[0]: own.names[0]} if names[0] in {entry.module for entry in stream.entries} else {}
-        ends |= {names[-1]: own.names[-1]} if names[-1] in {exit_.module for exit_ in stream.exits} else {}
-    entries = tuple(replace(entry, module=ends[entry.module]) for entry in stream.entries)
-    exits = tuple(replace(exit_, module=ends[exit_.module]) for exit_ in stream.exits)
-    return replace(stream, entries=entries, exits=exits)
-
-
-class _Search:
-    """One search."""
+class Search:
+    """One search. Make a new one for each question."""
 
     def __init__(self, question: Question, lab: Laboratory) -> None:
         self._question, self._lab = question, lab
