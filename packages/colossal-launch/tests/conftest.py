@@ -157,8 +157,11 @@ def left_behind(mark: str) -> Callable[[], list[int]]:
 
 @pytest.fixture
 def colossal(project: Path, mark: str) -> Iterator[Start]:
-    """Starts `colossal` with these words in the project, in a process group of its own, as a terminal does."""
+    """Starts `colossal` with these words in the project, in a process group of its own, as a terminal does, and with Ctrl-C not ignored,
+    which whoever runs the tests in the background would pass on.
+    """
     started: list[subprocess.Popen[str]] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(*words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -174,6 +177,7 @@ def colossal(project: Path, mark: str) -> Iterator[Start]:
         return process
 
     yield start
+    signal.signal(signal.SIGINT, before)
     for pid in _marked(mark):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -185,7 +189,7 @@ def colossal(project: Path, mark: str) -> Iterator[Start]:
 def steps_written(project: Path) -> Callable[..., int]:
     """Waits until `metrics.jsonl` of a run holds that many lines, and returns how many it holds then."""
 
-    def wait(count: int, run: str = "runs/a", seconds: float = 60.0) -> int:
+    def wait(count: int, run: str = "runs/a", seconds: float = 200.0) -> int:
         path, end = project / run / "metrics.jsonl", time.monotonic() + seconds
         while time.monotonic() < end:
             lines = path.read_text().count("\n") if path.is_file() else 0

@@ -27,6 +27,9 @@ Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[Any, Batch], tuple[torch.Tensor, "torch.Tensor | int"]]
 Reading = Callable[[], AbstractContextManager[None]]
 IGNORED_LABEL = -100
+PRODUCTS = ("MmBackward0", "AddmmBackward0", "BmmBackward0", "BaddbmmBackward0")
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "SliceBackward0")
+"""Nodes of autograd's graph, by name."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class LossOwner:
                 "let it return them by that name (transformers: return_dict=True), or pass loss_fn"
             )
             raise ColossalError(message)
-        total, items = self._cross_entropy(logits, batch["labels"])
+        # Nobody is handed the outputs, so the logits' memory may become that of their gradient: the peak of a step is here.
+        total, items = self._cross_entropy(logits, batch["labels"], overwrite=is_product(logits))
         return MicrobatchLoss(total, items.to(torch.float64))
 
     def _outputs(self, model: nn.Module, batch: Batch, *, with_labels: bool) -> Any:
@@ -153,6 +157,14 @@ class LossOwner:
         if self._task == "seq2seq-lm" and not with_labels and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
         return inputs
+
+
+def is_product(value: torch.Tensor) -> bool:
+    """Whether a matrix product has made a tensor, seen through views: its derivative reads the factors, and never the result."""
+    node = value.grad_fn
+    while node is not None and node.name() in VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in PRODUCTS
 
 
 def decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:

@@ -112,8 +112,12 @@ class StrategySpec:
 class CrossEntropy(Protocol):
     """The loss of logits that a strategy leaves cut, where nothing but core's loss reads them."""
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of losses and number of items, both 0-d, the same on every rank that has a part of the logits."""
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, /, *, overwrite: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of losses and number of items, both 0-d, the same on every rank that has a part of the logits. overwrite: the gradient of the
+        logits may be written over them.
+        """
 
     def reading(self) -> AbstractContextManager[None]:
         """While it is open, a forward pass gives cut logits; in any other, whoever calls the model gets them whole."""

@@ -75,6 +75,39 @@ def test_no_wide_copy_of_the_logits_is_kept_or_made() -> None:
     assert [line.partition("= ")[2] for line in made] == ["empty_strided_cpu((6, 1031), (1031, 1), torch.bfloat16)"]
 
 
+def test_nothing_of_the_logits_size_is_made_where_they_are_overwritten() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    factor = torch.randn(6, 4, dtype=torch.bfloat16, requires_grad=True)
+    logits, labels = factor @ torch.randn(4, 1031, dtype=torch.bfloat16), torch.randint(1031, (6,))
+
+    def both_passes() -> torch.Tensor:
+        total, _ = compiled_cross_entropy("inductor", dynamic=False)(logits, labels, overwrite=True)
+        (gradient,) = torch.autograd.grad(total, logits)
+        return gradient
+
+    (expected,) = torch.autograd.grad(cross_entropy(logits, labels)[0], logits)
+    found, sources = run_and_get_code(both_passes)
+    assert found.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
+    assert not [
+        line for source in sources for line in source.splitlines() if "= empty_strided" in line and "1031" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    "of", [cross_entropy, compiled_cross_entropy("aot_eager", dynamic=False)], ids=["eager", "compiled"]
+)
+def test_the_gradient_is_the_same_where_it_overwrites(of: Any) -> None:
+    factor = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight, labels = torch.randn(4, 11, dtype=torch.float64), torch.tensor([3, -100, 0, 10, 7])
+    found = []
+    for overwrite in (False, True):
+        total, _ = of(factor @ weight, labels, overwrite=overwrite)
+        found.append(torch.autograd.grad(total * 3.0, factor)[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_another_number_of_rows_is_another_call(dynamic: bool) -> None:
     compiled = compiled_cross_entropy("aot_eager", dynamic=dynamic)

@@ -33,14 +33,20 @@ class Logits(nn.Module):
 
 
 class Halves:
-    """Stands for a loss over ranks. calls: whether gradients were on; opened: how often a forward pass was for it, and is now."""
+    """Stands for a loss over ranks. calls: whether gradients were on; overwrites: whether the logits may be overwritten; opened: how often
+    a forward pass was for it, and is now.
+    """
 
     def __init__(self) -> None:
         self.calls: list[bool] = []
+        self.overwrites: list[bool] = []
         self.opened: list[bool] = []
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, /, *, overwrite: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls.append(torch.is_grad_enabled())
+        self.overwrites.append(overwrite)
         return logits.sum() / 2, (labels != -100).sum()
 
     @contextmanager
@@ -86,7 +92,37 @@ def test_it_is_used_in_training_and_in_evaluation() -> None:
     trained.train_step(batch)
     trained.eval_step(batch)
     assert counted.calls == [True, False]
+    assert counted.overwrites == [True, False]
     assert counted.opened == [False, False]
+
+
+class Head(nn.Module):
+    """Logits of a product with a bias or without; capped: through a function whose derivative reads its result."""
+
+    def __init__(self, *, bias: bool, capped: bool) -> None:
+        super().__init__()
+        self.head, self.capped = nn.Linear(4, 5, bias=bias, dtype=torch.float64), capped
+
+    def forward(self, hidden: torch.Tensor) -> Output:
+        logits = self.head(hidden)
+        return Output(torch.tanh(logits) if self.capped else logits)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_are_overwritten_where_a_product_has_made_them(bias: bool, capped: bool) -> None:
+    ops = build_op_table(discover([]).ops(), "cpu", "float64")
+    anatomy, halves = ModelAnatomy("Head", "masked-lm", (), (), forward_keys=("hidden",)), Halves()
+    head = Head(bias=bias, capped=capped)
+    batch = {"hidden": torch.ones(2, 3, 4, dtype=torch.float64), "labels": torch.tensor([[1, 2, -100], [0, 4, 3]])}
+    LossOwner(anatomy, ops, None, halves)(head, batch)
+    assert halves.overwrites == [not capped]
+    LossOwner(anatomy, ops, None)(head, batch).sum.backward()  # type: ignore[no-untyped-call]
+    found, weight = head.head.weight.grad, head.head.weight
+    losses = nn.functional.cross_entropy(
+        head(batch["hidden"]).logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(found, torch.autograd.grad(losses, weight)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_variants_keep_the_ranks_of_one_data_share_together() -> None:

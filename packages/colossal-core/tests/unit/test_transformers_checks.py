@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,4 +85,26 @@ def test_an_exception_leaves_transformers_as_it_was(asked: list[int]) -> None:
     assert transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask is warn
     with answers.remembered(model):
         model(input_ids=torch.full((2, 6), 5), use_cache=False)
+    assert len(asked) == 1
+
+
+def test_threads_do_not_get_each_others_answers(asked: list[int]) -> None:
+    """Simulated ranks are threads: one begins while another is inside, and leaves after it."""
+    inside, leave = threading.Event(), threading.Event()
+    first, model = FirstAnswers(), tiny_llama()
+
+    def other() -> None:
+        with FirstAnswers().remembered(model):
+            inside.set()
+            assert leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with FirstAnswers().remembered(model):
+        thread.start()
+        assert inside.wait(60)
+    leave.set()
+    thread.join()
+    for _ in range(2):
+        with first.remembered(model):
+            model(input_ids=torch.full((2, 6), 5), use_cache=False)
     assert len(asked) == 1

@@ -49,7 +49,7 @@ def run(benchmark: Path, out: Path, *options: str, model: str = "tiny") -> tuple
         "no",
     ]
     command += ["--warmup-steps", "1", "--timed-steps", "2", "--out", str(out), *options]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     report = out / f"{model}.json"
     assert report.exists(), finished.stdout + finished.stderr
     return finished.stdout, json.loads(report.read_text())["rows"]

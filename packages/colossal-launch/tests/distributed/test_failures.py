@@ -26,7 +26,7 @@ def test_the_traceback_of_the_first_rank_that_failed_comes_first(
     colossal: Start, left_behind: Callable[[], list[int]]
 ) -> None:
     running = colossal(*words("raise", "--debug"))
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=200)
     assert running.returncode == 1
     assert errors.startswith("Traceback (most recent call last):\n"), errors
     assert errors.count("Traceback") == 1, errors
@@ -40,7 +40,7 @@ def test_the_traceback_of_the_first_rank_that_failed_comes_first(
 
 def test_a_loss_that_is_not_a_number_ends_the_run(colossal: Start, left_behind: Callable[[], list[int]]) -> None:
     running = colossal(*words("nan"))
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=200)
     assert running.returncode == 1
     assert errors == (
         "error: step 3: the loss is nan: the update was left out and the run ends here (train.non_finite: stop); "
@@ -63,7 +63,7 @@ def test_a_loss_on_one_rank_that_is_not_a_number_ends_every_rank(colossal: Start
         started = [
             colossal(*words, environment={**slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in ("0", "1")
         ]
-        errors = [running.communicate(timeout=60)[1] for running in started]
+        errors = [running.communicate(timeout=200)[1] for running in started]
         return [(running.returncode, text) for running, text in zip(started, errors, strict=True)]
 
     for rank, (status, errors) in enumerate(ranks()):
@@ -80,11 +80,11 @@ def test_a_loss_on_one_rank_that_is_not_a_number_ends_every_rank(colossal: Start
 def test_a_rank_that_hangs_is_not_waited_for_longer_than_the_timeout(
     colossal: Start, steps_written: Callable[..., int], left_behind: Callable[[], list[int]]
 ) -> None:
-    running = colossal(*words("hang", "--set", "train.timeout_seconds=2"))
+    running = colossal(*words("hang", "--set", "train.timeout_seconds=5"))
     steps_written(2)
     started = time.monotonic()
-    _, errors = running.communicate(timeout=60)
-    assert time.monotonic() - started < 15
+    _, errors = running.communicate(timeout=200)
+    assert time.monotonic() - started < 60
     assert running.returncode == 1
     assert errors.count("\n") == 1, errors
     assert "failed on rank 0 after" in errors, errors

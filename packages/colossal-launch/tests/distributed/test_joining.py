@@ -51,7 +51,7 @@ def test_a_local_run_listens_on_the_loopback_interface_only(
     running = colossal("train", "run.yaml", "--processes", "2", "--set", "model.config.seconds=0.3")
     steps_written(2)
     found = listening(processes())
-    output, errors = running.communicate(timeout=60)
+    output, errors = running.communicate(timeout=200)
     assert (running.returncode, errors) == (0, ""), output
     assert found, "a store and gloo listen somewhere"
     assert {address for address, _ in found} == {"0100007F"}, found
@@ -87,9 +87,9 @@ def test_torchrun_slurm_and_mpi_give_the_same_run(
         text=True,
     )
     for running in started:
-        output, errors = running.communicate(timeout=90)
+        output, errors = running.communicate(timeout=200)
         assert (running.returncode, errors) == (0, ""), output
-    output = torchrun.communicate(timeout=90)[0]
+    output = torchrun.communicate(timeout=200)[0]
     assert torchrun.returncode == 0, output
     expected = losses(project / "runs/torchrun")
     assert len(expected) == 5

@@ -42,14 +42,15 @@ class Words:
 
 @dataclass(frozen=True)
 class Passes:
-    """The elementwise parts `row_statistics`, `rescaled`, `row_losses` and `write_gradients`: as they are, in chunks of rows, or
+    """The elementwise parts `row_statistics`, `rescaled`, `row_losses`, `row_gradients` and `overwrite`: as they are, in chunks of rows, or
     compiled.
     """
 
     statistics: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rescaled: Callable[..., torch.Tensor]
     losses: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    write_gradients: Callable[..., None]
+    gradients: Callable[..., torch.Tensor]
+    overwrite: Callable[..., None]
 
 
 class Readings:
@@ -85,7 +86,6 @@ class VocabularyCrossEntropy:
     words: Words
     passes: Passes
     alone: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    overwrite: bool = False
     readings: Readings = field(default_factory=Readings)
 
     def reading(self) -> AbstractContextManager[None]:
@@ -93,9 +93,11 @@ class VocabularyCrossEntropy:
         return self.readings.opened()
 
     def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, *, overwrite: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits: [..., V/tp] floating; labels: [...] words of the whole vocabulary, already shifted; `ignore_index` does not count."""
+        """logits: [..., V/tp] floating; labels: [...] words of the whole vocabulary, already shifted; `ignore_index` does not count.
+        overwrite: as core's, where the backward pass is eager.
+        """
         assert logits.shape[:-1] == labels.shape, (
             f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}"
         )
@@ -104,9 +106,9 @@ class VocabularyCrossEntropy:
         # Inside torch.compile the passes are part of what is compiled, and what it keeps may not be overwritten.
         tracing = torch.compiler.is_compiling()
         if self.route.size == 1 and not tracing:
-            return self.alone(logits[..., : words.size], labels, ignore_index)
+            return self.alone(logits[..., : words.size], labels, ignore_index, overwrite=overwrite)
         rows, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-        passes, overwrite = (PLAIN, False) if tracing else (self.passes, self.overwrite)
+        passes, overwrite = (PLAIN, False) if tracing else (self.passes, overwrite)
         if not tracing and is_fake(logits):
             passes = IN_CHUNKS  # memory is being estimated: the compiled passes make no more tensors than these
         total: torch.Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -122,7 +124,13 @@ class VocabularyCrossEntropy:
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, backend=backend, dynamic=dynamic)
 
-        passes = Passes(compiled(row_statistics), compiled(rescaled), compiled(row_losses), compiled(write_gradients))
+        passes = Passes(
+            compiled(row_statistics),
+            compiled(rescaled),
+            compiled(row_losses),
+            compiled(row_gradients),
+            compiled(overwrite),
+        )
         return replace(self, passes=passes, alone=compiled_cross_entropy(backend, dynamic=dynamic))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -131,15 +139,10 @@ class VocabularyCrossEntropy:
 
 
 def vocabulary_cross_entropy(
-    collectives: Collectives, axes: Axes, words: Words, *, overwrite: bool = False, tag: str = "loss"
+    collectives: Collectives, axes: Axes, words: Words, *, tag: str = "loss"
 ) -> VocabularyCrossEntropy:
-    """Cross-entropy over a vocabulary that is cut over `axes`.
-
-    overwrite: the gradient is written over the logits, where the backward pass is eager, and saves as much memory as they take; for a
-    caller that knows that nobody reads them after the backward pass (autograd itself says so when it needs them again).
-    """
-    route = Route(collectives, axes, tag)
-    return VocabularyCrossEntropy(route, words, IN_CHUNKS, cross_entropy, overwrite)
+    """Cross-entropy over a vocabulary that is cut over `axes`."""
+    return VocabularyCrossEntropy(Route(collectives, axes, tag), words, IN_CHUNKS, cross_entropy)
 
 
 def row_statistics(
@@ -186,8 +189,25 @@ def row_losses(
     return losses.where(labels != ignore_index, 0.0).sum(), lse
 
 
-def write_gradients(
-    target: torch.Tensor,
+def row_gradients(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    words: Words,
+    ignore_index: int,
+) -> torch.Tensor:
+    """d(gradient x sum of losses) / d(logits): [N, V/tp] in their dtype, zero in padding, and in ignored rows even where the logits are not
+    finite.
+    """
+    softmax = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    of_rows = torch.where(columns == (labels - words.start).unsqueeze(1), softmax - 1.0, softmax) * gradient
+    counted = (labels != ignore_index).unsqueeze(1) & (columns < words.size)
+    return of_rows.where(counted, 0.0).to(logits.dtype)
+
+
+def overwrite(
     gradient: torch.Tensor,
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -195,14 +215,8 @@ def write_gradients(
     words: Words,
     ignore_index: int,
 ) -> None:
-    """target [N, V/tp] <- d(gradient x sum of losses) / d(logits): zero in padding, and in ignored rows even where the logits are not
-    finite. `target` may be `logits`.
-    """
-    softmax = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp()
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    of_rows = torch.where(columns == (labels - words.start).unsqueeze(1), softmax - 1.0, softmax) * gradient
-    counted = (labels != ignore_index).unsqueeze(1) & (columns < words.size)
-    target.copy_(of_rows.where(counted, 0.0))
+    """`row_gradients`, written over the logits."""
+    logits.copy_(row_gradients(gradient, logits, labels, lse, words, ignore_index))
 
 
 def _statistics_in_chunks(
@@ -214,8 +228,21 @@ def _statistics_in_chunks(
     return torch.cat([largest for largest, _ in found]), torch.cat([numbers for _, numbers in found])
 
 
-def _write_in_chunks(
-    target: torch.Tensor,
+def _gradients_in_chunks(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    words: Words,
+    ignore_index: int,
+) -> torch.Tensor:
+    found = torch.empty_like(logits)
+    for rows in _chunks(logits):
+        found[rows] = row_gradients(gradient, logits[rows], labels[rows], lse[rows], words, ignore_index)
+    return found
+
+
+def _overwrite_in_chunks(
     gradient: torch.Tensor,
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -223,14 +250,17 @@ def _write_in_chunks(
     words: Words,
     ignore_index: int,
 ) -> None:
+    for rows in _chunks(logits):
+        overwrite(gradient, logits[rows], labels[rows], lse[rows], words, ignore_index)
+
+
+def _chunks(logits: torch.Tensor) -> Iterator[slice]:
     step = rows_per_chunk(logits.shape[1])
-    for start in range(0, len(labels), step):
-        rows = slice(start, start + step)
-        write_gradients(target[rows], gradient, logits[rows], labels[rows], lse[rows], words, ignore_index)
+    return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
-PLAIN = Passes(row_statistics, rescaled, row_losses, write_gradients)
-IN_CHUNKS = Passes(_statistics_in_chunks, rescaled, row_losses, _write_in_chunks)
+PLAIN = Passes(row_statistics, rescaled, row_losses, row_gradients, overwrite)
+IN_CHUNKS = Passes(_statistics_in_chunks, rescaled, row_losses, _gradients_in_chunks, _overwrite_in_chunks)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -257,8 +287,10 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
-        ignore_index, words, passes, overwrite = ctx.decided
-        logits = logits.detach()
-        target = logits if overwrite else torch.empty_like(logits)
-        passes.write_gradients(target, gradient, logits, labels, lse, words, ignore_index)
-        return target, None, None, None, None, None, None
+        ignore_index, words, passes, overwrites = ctx.decided
+        found = logits.detach()
+        if overwrites:
+            passes.overwrite(gradient, found, labels, lse, words, ignore_index)
+        else:
+            found = passes.gradients(gradient, found, labels, lse, words, ignore_index)
+        return found, None, None, None, None, None, None

@@ -21,31 +21,33 @@ CrossEntropy = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class _Passes:
-    """`forward_pass` and `backward_pass`, compiled."""
+    """`forward_pass`, `backward_pass` and `overwriting_pass`, compiled."""
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     backward: Callable[..., torch.Tensor]
+    overwrite: Callable[..., None]
 
 
 def compiled_cross_entropy(backend: str, *, dynamic: bool) -> CrossEntropy:
     """The op `cross_entropy` (signature, meaning and dtypes of the reference) compiled by torch.compile with `backend`, on first use.
 
     Between forward and backward it keeps the logits as they are and one float32 a row (float64 for float64 logits); with inductor no
-    tensor of the logits' size is made but their gradient, in their own dtype. dynamic: compiled for changing sizes; False: another
-    number of rows compiles again.
+    tensor of the logits' size is made but their gradient, in their own dtype, and not even that with `overwrite`.
+    dynamic: compiled for changing sizes; False: another number of rows compiles again.
     """
     passes = _Passes(
         torch.compile(forward_pass, backend=backend, dynamic=dynamic),
         torch.compile(backward_pass, backend=backend, dynamic=dynamic),
+        torch.compile(overwriting_pass, backend=backend, dynamic=dynamic),
     )
 
     def cross_entropy(
-        logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+        logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, *, overwrite: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert logits.shape[:-1] == labels.shape, f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}"
         rows = logits.reshape(-1, logits.shape[-1])
         found: tuple[torch.Tensor, torch.Tensor] = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, labels.reshape(-1), ignore_index, passes
+            rows, labels.reshape(-1), ignore_index, passes, overwrite
         )
         return found
 
@@ -77,20 +79,31 @@ def backward_pass(
     return of_rows.where((labels != ignore_index).unsqueeze(1), 0.0).to(logits.dtype)
 
 
+def overwriting_pass(
+    gradient: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, ignore_index: int
+) -> None:
+    """`backward_pass`, written over the logits."""
+    logits.copy_(backward_pass(gradient, logits, labels, lse, ignore_index))
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, passes: _Passes
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, passes: _Passes, overwrite: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, count, lse = passes.forward(logits.detach(), labels, ignore_index)
         ctx.save_for_backward(logits, labels, lse)
         ctx.mark_non_differentiable(count)
-        ctx.ignore_index, ctx.passes = ignore_index, passes
+        ctx.ignore_index, ctx.passes, ctx.overwrite = ignore_index, passes, overwrite
         return total, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, of_count: object) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor, of_count: object) -> tuple[torch.Tensor, None, None, None, None]:
         del of_count
         logits, labels, lse = ctx.saved_tensors
-        return ctx.passes.backward(gradient, logits.detach(), labels, lse, ctx.ignore_index), None, None, None
+        logits = logits.detach()
+        if ctx.overwrite:
+            ctx.passes.overwrite(gradient, logits, labels, lse, ctx.ignore_index)
+            return logits, None, None, None, None
+        return ctx.passes.backward(gradient, logits, labels, lse, ctx.ignore_index), None, None, None, None

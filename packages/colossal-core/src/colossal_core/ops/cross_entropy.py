@@ -14,7 +14,7 @@ CHUNK_LOGITS = 1 << 24
 
 
 def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, *, overwrite: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sum over rows of logsumexp(logits) - logits[label]`, and the number of rows that count.
 
@@ -22,11 +22,14 @@ def cross_entropy(
     zero gradient. Returns the sum, 0-d in float32 (float64 for float64 logits), zero when no row counts, and the
     count, 0-d int64. The gradient `softmax(logits) - onehot(label)` is recomputed from the logits and one float32
     number a row: between forward and backward nothing else is kept, and the only tensor of the logits' size that is
-    made is their gradient, in their own dtype.
+    made is their gradient, in their own dtype. overwrite: not even that, the gradient is written over the logits; for a
+    caller that knows that nobody reads them after the backward pass (autograd itself says so when it needs them again).
     """
     assert logits.shape[:-1] == labels.shape, f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}"
     rows = logits.reshape(-1, logits.shape[-1])
-    total: torch.Tensor = _CrossEntropy.apply(rows, labels.reshape(-1), ignore_index)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, labels.reshape(-1), ignore_index, overwrite
+    )
     return total, (labels != ignore_index).sum()
 
 
@@ -56,7 +59,9 @@ def row_gradients(logits: torch.Tensor, lse: torch.Tensor, labels: torch.Tensor,
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, overwrite: bool
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=statistics_dtype(logits.dtype), device=logits.device)
         lse = torch.empty(len(labels), dtype=total.dtype, device=logits.device)
         step = rows_per_chunk(logits.shape[1])
@@ -65,17 +70,18 @@ class _CrossEntropy(torch.autograd.Function):
             losses, lse[rows] = row_losses(logits[rows], labels[rows], ignore_index)
             total += losses.sum()
         ctx.save_for_backward(logits, labels, lse)
-        ctx.ignore_index = ignore_index
+        ctx.ignore_index, ctx.overwrite = ignore_index, overwrite
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, labels, lse = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
+        logits = logits.detach()
+        gradient = logits if ctx.overwrite else torch.empty_like(logits)
         step = rows_per_chunk(logits.shape[1])
         for start in range(0, len(labels), step):
             rows = slice(start, start + step)
             chunk = row_gradients(logits[rows], lse[rows], labels[rows], ctx.ignore_index)
             gradient[rows] = chunk.mul_(grad_total)
-        return gradient, None, None
+        return gradient, None, None, None
