@@ -80,7 +80,7 @@ def test_a_loss_on_one_rank_that_is_not_a_number_ends_every_rank(colossal: Start
 def test_a_rank_that_hangs_is_not_waited_for_longer_than_the_timeout(
     colossal: Start, steps_written: Callable[..., int], left_behind: Callable[[], list[int]]
 ) -> None:
-    running = colossal(*words("hang", "--set", "train.timeout_seconds=5"))
+    running = colossal(*words("hang", "--set", "train.timeout_seconds=10"))
     steps_written(2)
     started = time.monotonic()
     _, errors = running.communicate(timeout=200)
