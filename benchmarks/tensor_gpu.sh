@@ -3,45 +3,20 @@
 #   bash benchmarks/tensor_gpu.sh tests|smoke|tp|variants|tp2gpus|matmul|estimate ...
 # tp and variants are for 4 GPUs, tp2gpus for 2 (of as many as there are). Each set ends by itself after its minutes, with a table of what
 # was measured by then. DATE is written into the reports.
-set -uo pipefail
-OUT=${OUT:-runs/gpu}
-mkdir -p "$OUT"
-if [ -d .whl ] && [ ! -d /tmp/site ]; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
-fi
-# The wheels announce the plugins and bring what is not installed; the code that runs is the working tree's.
-PYTHONPATH="$PWD/packages/colossal-core/src:$PWD/packages/colossal-comm/src:$PWD/packages/colossal-zero/src"
-PYTHONPATH="$PYTHONPATH:$PWD/packages/colossal-tensor/src:$PWD/packages/colossal-launch/src:/tmp/site"
-export PYTHONPATH
-python3 - <<'PYTHON' || exit 1
-from importlib.metadata import entry_points
-found = sorted({entry.name for entry in entry_points(group="colossal.plugins")})
-missing = {"comm", "tensor", "zero"} - set(found)
-assert not missing, f"no wheel announces {sorted(missing)}: found {found}"
-PYTHON
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | sort | uniq -c
-GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
-
-compare() { # minutes, processes, then options
-  local minutes=$1 processes=$2
-  shift 2
-  timeout -k 10 "$(python3 -c "print(int(60 * $minutes + 45))")" python3 benchmarks/tensor_vs_peers.py --processes "$processes" \
-    --minutes "$minutes" --date "${DATE:-}" --out "$OUT" "$@"
-  echo "status $?"
-}
+. benchmarks/on_gpus.sh
 
 for set in "$@"; do
   echo "== $set"
   case $set in
     tests) timeout -k 10 540 python3 -m pytest -q -m gpu -p no:cacheprovider --rootdir "$PWD" packages/colossal-tensor/tests/gpu 2>&1 \
       | tail -n 60 ;;
-    smoke) compare 4 "$GPUS" --model llama-1b --name tensor-smoke --micro-batches 2 --warmup-steps 2 --timed-steps 3 --profile ours \
+    smoke) compare tensor_vs_peers.py 4 "$GPUS" --model llama-1b --name tensor-smoke --micro-batches 2 --warmup-steps 2 --timed-steps 3 --profile ours \
       --contestants fsdp2-z3,tp2-zero3,tp2-zero3+overlap=plain,tp2-zero1+sequence_parallel=false,torch-tp2,torch-tp2-async --memory-estimate ;;
-    tp) compare 7.5 "$GPUS" --model llama-8b-4096 --name tensor-llama-8b --micro-batches 2 --warmup-steps 3 --timed-steps 8 --profile ours \
+    tp) compare tensor_vs_peers.py 7.5 "$GPUS" --model llama-8b-4096 --name tensor-llama-8b --micro-batches 2 --warmup-steps 3 --timed-steps 8 --profile ours \
       --contestants fsdp2-z3,tp4,tp2-zero3,torch-tp4-async,torch-tp2-async,torch-tp4,torch-tp2,tp4+overlap=plain,tp2-zero3+overlap=plain,tp2-zero1,zero3 ;;
-    variants) compare 7.5 "$GPUS" --model llama-8b-4096 --name tensor-llama-8b-variants --micro-batches 2 --warmup-steps 3 --timed-steps 7 \
+    variants) compare tensor_vs_peers.py 7.5 "$GPUS" --model llama-8b-4096 --name tensor-llama-8b-variants --micro-batches 2 --warmup-steps 3 --timed-steps 7 \
       --profile ours --memory-estimate --contestants fsdp2-z3,tp4+sequence_parallel=false,tp4+micro=4,tp2-zero3+sequence_parallel=false,tp2-zero1+overlap=plain,tp2-zero1+sequence_parallel=false,tp4,tp2-zero3,tp4+micro=4+overlap=plain,torch-tp4-async+loss=eager ;;
-    tp2gpus) compare 7.5 2 --model llama-8b-4096 --name tensor-llama-8b-2-gpus --micro-batches 2,4 --warmup-steps 3 --timed-steps 7 \
+    tp2gpus) compare tensor_vs_peers.py 7.5 2 --model llama-8b-4096 --name tensor-llama-8b-2-gpus --micro-batches 2,4 --warmup-steps 3 --timed-steps 7 \
       --profile tp2,tp2+overlap=plain --contestants fsdp2-z3,tp2,torch-tp2-async,torch-tp2,tp2+overlap=plain,tp2+sequence_parallel=false,zero3 ;;
     matmul)
       for processes in 2 4; do
@@ -49,7 +24,7 @@ for set in "$@"; do
         timeout -k 10 120 python3 benchmarks/tensor_matmul.py --processes "$processes" --samples "$((2 * processes))"
         echo "status $?"
       done ;;
-    estimate) compare 4 "$GPUS" --model llama-1b --name tensor-estimate --micro-batches 4 --warmup-steps 3 --timed-steps 3 --memory-estimate \
+    estimate) compare tensor_vs_peers.py 4 "$GPUS" --model llama-1b --name tensor-estimate --micro-batches 4 --warmup-steps 3 --timed-steps 3 --memory-estimate \
       --contestants tp2-zero1,tp2-zero3,tp2-zero3+sequence_parallel=false --recompute none,full --compile yes,no ;;
     *) echo "no such set: $set"; exit 2 ;;
   esac
