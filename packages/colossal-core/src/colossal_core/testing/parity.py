@@ -7,6 +7,7 @@ specification of the same run with nothing but core: one process, nothing sharde
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -176,7 +177,18 @@ def record_end(trained: Trained, steps: Sequence[StepRecord]) -> RunRecord:
     return RunRecord(tuple(steps), parameters, states, trained.plan.fingerprint)
 
 
+_PLANNING = threading.Lock()
+"""Ranks that are threads plan one after another: a proof in float64 changes the process's default dtype. They meet before they go on, where
+`wrap` compares their plans.
+"""
+
+
 def _prepare(spec: RunSpec, world_size: int) -> tuple[Prepared, Any, Any]:
+    with _PLANNING:
+        return _prepared(spec, world_size)
+
+
+def _prepared(spec: RunSpec, world_size: int) -> tuple[Prepared, Any, Any]:
     from colossal_core.config import parse_config
     from colossal_core.errors import raise_problems
 
