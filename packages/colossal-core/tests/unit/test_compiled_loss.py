@@ -32,9 +32,11 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def by(backend: str, dynamic: bool, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def by(
+    backend: str, dynamic: bool, logits: torch.Tensor, labels: torch.Tensor, *, overwrite: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The op, made where it is called: making it loads the backend."""
-    return compiled_cross_entropy(backend, dynamic=dynamic)(logits, labels)
+    return compiled_cross_entropy(backend, dynamic=dynamic)(logits, labels, overwrite=overwrite)
 
 
 class TestTraced(OpSuite):

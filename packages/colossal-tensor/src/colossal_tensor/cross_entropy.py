@@ -42,15 +42,12 @@ class Words:
 
 @dataclass(frozen=True)
 class Passes:
-    """The elementwise parts `row_statistics`, `rescaled`, `row_losses`, `row_gradients` and `overwrite`: as they are, in chunks of rows, or
-    compiled.
-    """
+    """The elementwise parts `row_statistics`, `rescaled`, `row_losses` and `row_gradients`: as they are, in chunks of rows, or compiled."""
 
     statistics: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rescaled: Callable[..., torch.Tensor]
     losses: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     gradients: Callable[..., torch.Tensor]
-    overwrite: Callable[..., None]
 
 
 class Readings:
@@ -124,13 +121,7 @@ class VocabularyCrossEntropy:
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, backend=backend, dynamic=dynamic)
 
-        passes = Passes(
-            compiled(row_statistics),
-            compiled(rescaled),
-            compiled(row_losses),
-            compiled(row_gradients),
-            compiled(overwrite),
-        )
+        passes = Passes(compiled(row_statistics), compiled(rescaled), compiled(row_losses), compiled(row_gradients))
         return replace(self, passes=passes, alone=compiled_cross_entropy(backend, dynamic=dynamic))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -196,27 +187,17 @@ def row_gradients(
     lse: torch.Tensor,
     words: Words,
     ignore_index: int,
+    overwrite: bool,
 ) -> torch.Tensor:
     """d(gradient x sum of losses) / d(logits): [N, V/tp] in their dtype, zero in padding, and in ignored rows even where the logits are not
-    finite.
+    finite. overwrite: written over the logits, which are what is returned.
     """
     softmax = (logits.to(lse.dtype) - lse.unsqueeze(1)).exp()
     columns = torch.arange(logits.shape[1], device=logits.device)
     of_rows = torch.where(columns == (labels - words.start).unsqueeze(1), softmax - 1.0, softmax) * gradient
     counted = (labels != ignore_index).unsqueeze(1) & (columns < words.size)
-    return of_rows.where(counted, 0.0).to(logits.dtype)
-
-
-def overwrite(
-    gradient: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    words: Words,
-    ignore_index: int,
-) -> None:
-    """`row_gradients`, written over the logits."""
-    logits.copy_(row_gradients(gradient, logits, labels, lse, words, ignore_index))
+    found = of_rows.where(counted, 0.0).to(logits.dtype)
+    return logits.copy_(found) if overwrite else found
 
 
 def _statistics_in_chunks(
@@ -229,38 +210,21 @@ def _statistics_in_chunks(
 
 
 def _gradients_in_chunks(
-    gradient: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    words: Words,
-    ignore_index: int,
+    gradient: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, *decided: Any
 ) -> torch.Tensor:
-    found = torch.empty_like(logits)
-    for rows in _chunks(logits):
-        found[rows] = row_gradients(gradient, logits[rows], labels[rows], lse[rows], words, ignore_index)
-    return found
-
-
-def _overwrite_in_chunks(
-    gradient: torch.Tensor,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    lse: torch.Tensor,
-    words: Words,
-    ignore_index: int,
-) -> None:
-    for rows in _chunks(logits):
-        overwrite(gradient, logits[rows], labels[rows], lse[rows], words, ignore_index)
-
-
-def _chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """decided: the rest of `row_gradients`' arguments, `overwrite` the last."""
+    found = None if decided[-1] else torch.empty_like(logits)
     step = rows_per_chunk(logits.shape[1])
-    return (slice(start, start + step) for start in range(0, len(logits), step))
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        part = row_gradients(gradient, logits[rows], labels[rows], lse[rows], *decided)
+        if found is not None:
+            found[rows] = part
+    return logits if found is None else found
 
 
-PLAIN = Passes(row_statistics, rescaled, row_losses, row_gradients, overwrite)
-IN_CHUNKS = Passes(_statistics_in_chunks, rescaled, row_losses, _gradients_in_chunks, _overwrite_in_chunks)
+PLAIN = Passes(row_statistics, rescaled, row_losses, row_gradients)
+IN_CHUNKS = Passes(_statistics_in_chunks, rescaled, row_losses, _gradients_in_chunks)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -287,10 +251,6 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
-        ignore_index, words, passes, overwrites = ctx.decided
-        found = logits.detach()
-        if overwrites:
-            passes.overwrite(gradient, found, labels, lse, words, ignore_index)
-        else:
-            found = passes.gradients(gradient, found, labels, lse, words, ignore_index)
+        ignore_index, words, passes, overwrite = ctx.decided
+        found = passes.gradients(gradient, logits.detach(), labels, lse, words, ignore_index, overwrite)
         return found, None, None, None, None, None, None

@@ -94,6 +94,7 @@ def _cross_entropy(normal: Normal, generator: torch.Generator) -> Iterator[OpCas
     yield OpCase("sequences", (normal(2, 5, 13), _labels(generator, 10, 13).view(2, 5)))
     yield OpCase("nothing counts", (normal(3, 5), torch.full((3,), -100)))
     yield OpCase("empty", (normal(0, 5), torch.zeros(0, dtype=torch.long)))
+    yield OpCase("logits stay", (normal(4, 9), _labels(generator, 4, 9)), {"overwrite": False})
 
 
 def _linear_cross_entropy(normal: Normal, generator: torch.Generator) -> Iterator[OpCase]:
