@@ -1,8 +1,8 @@
 """`RankCollectives`: core's `Collectives` over a transport, with its checks, ledger, debug mode and autograd.
 
 A group of one rank costs nothing: no communicator, no operation, no count. Communicators belong to (ranks, use): asynchronous
-reductions, gathers, all-to-alls and exchanges have one each, so that they overlap; differentiable collectives run on use `compute`, and
-broadcasts, barriers and byte gathers on `control`.
+reductions, gathers, all-to-alls and exchanges have one each, so that they overlap, and the caller may name more; differentiable
+collectives run on use `compute`, and broadcasts, barriers and byte gathers on `control`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from colossal_comm import differentiable, peers, staging
-from colossal_comm.handle import AllOf, PendingCall, failure
+from colossal_comm.handle import AllOf, prepared, started
 from colossal_comm.ledger import ring_bytes
-from colossal_comm.transport import Call, Group, Transport
+from colossal_comm.transport import Call, Group, Transport, in_words
 from colossal_core.collectives import DoneHandle
 
 if TYPE_CHECKING:
@@ -50,9 +50,12 @@ class RankCollectives:
         return RankCollectives(mesh, self.rank, self.device, self._session)
 
     def prepare(self, axes: Axes, use: str) -> None:
-        """Makes a communicator ahead of its first use. Every rank of the group calls it."""
-        if self.size(axes) > 1:
-            self._transport().prepare(self._group(axes, use))
+        """Makes a communicator ahead of its first use; every rank of the group calls it. A rank of its own (`silent_rank`) makes none."""
+        if self.size(axes) == 1:
+            return
+        group, transport = self._group(axes, use), self._session.transport
+        if transport is not None:
+            prepared(group, transport)
 
     def close(self, grace: timedelta = timedelta(0)) -> None:
         """As `colossal_comm.leave`."""
@@ -125,11 +128,7 @@ class RankCollectives:
         if guard is not None:
             guard.check(call)
         self.ledger.record(call.group.axes, call.operation, call.tag, sent_bytes)
-        try:
-            work = issue()
-        except RuntimeError as error:
-            raise failure(call, 0.0, error) from error
-        return PendingCall(work, call, finish)
+        return started(call, issue, finish)
 
     def start_all_reduce(
         self, tensor: torch.Tensor, axes: Axes, *, op: ReduceOp = "sum", use: str = "reduce", tag: str = ""
@@ -241,26 +240,27 @@ class RankCollectives:
         sent = ring_bytes("broadcast", size, tensor.nbytes)
         return self._start(call, sent, lambda: transport.broadcast(group, staged.buffer, source), staged.finish)
 
-    def start_exchange(self, transfers: Sequence[Transfer], axes: Axes, *, tag: str = "") -> Handle:
+    def start_exchange(
+        self, transfers: Sequence[Transfer], axes: Axes, *, use: str = "exchange", tag: str = ""
+    ) -> Handle:
         own = self.index(axes)
         local, remote = staging.split_own(transfers, own)
         staging.hand_over(local)
         if not remote:
             return DoneHandle()
-        group, transport, guard = self._group(axes, "exchange"), self._transport(), self._session.guard
+        group, transport, guard = self._group(axes, use), self._transport(), self._session.guard
         staged, finish = staging.for_exchange(remote)
-        call = self._call("exchange", group, remote[0].tensor, tag)
+        call = self._call("exchange", group, remote[0].tensor, tag, in_words(remote, group))
         sent = sum(transfer.tensor.nbytes for transfer in remote if transfer.kind == "send")
         self.ledger.record(group.axes, "exchange", tag, sent)
-        try:
+
+        def issue() -> Handle:
             if guard is None:
-                work = transport.exchange(group, staged)
-            else:
-                transport.prepare(group)  # making it needs both sides, and a guarded receive starts late
-                work = guard.exchange(call, staged, lambda part: transport.exchange(group, part))
-        except RuntimeError as error:
-            raise failure(call, 0.0, error) from error
-        return PendingCall(work, call, finish)
+                return transport.exchange(group, staged, tag)
+            transport.prepare(group)  # making it needs both sides, and a guarded receive starts late
+            return guard.exchange(call, staged, lambda part: transport.exchange(group, part, tag))
+
+        return started(call, issue, finish)
 
     def all_reduce(
         self, tensor: torch.Tensor, axes: Axes, *, cotangent: Cotangent = "replicated", tag: str = ""

@@ -123,7 +123,8 @@ class StoreGuard:
         for transfer in sends:
             peer = call.group.ranks[transfer.peer]
             key = self._transfer_key(call.group.name, self._rank, peer)
-            self._announce(key, transfer_fingerprint(transfer, call.tag, site))
+            self._store.set(key, transfer_fingerprint(transfer, call.tag, site))
+        self._store.set(f"colossal/last_call/{self._rank}", fingerprint(call, site))
         # On an accelerator sends and receives must start together (NCCL blocks its stream); on gloo a receive of another size
         # than was sent aborts the process, so it starts after the comparison.
         together = issue(transfers) if transfers[0].tensor.device.type != "cpu" else None

@@ -16,18 +16,22 @@ import torch
 import torch.distributed as dist
 
 from colossal_comm import _torch_private
+from colossal_comm.handle import PolledWork
+from colossal_core.collectives import Transfer
 
 if TYPE_CHECKING:
     from colossal_comm._torch_private import Store
     from colossal_comm.transport import Group
-    from colossal_core.collectives import Handle, ReduceOp, Transfer
+    from colossal_core.collectives import Handle, ReduceOp
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _LEAVING, _LEFT = "colossal/leaving", "colossal/left"
 
 
 class WorkHandle:
-    """Several works of torch.distributed as one handle. Keeps their tensors alive until they are waited for."""
+    """Several works of torch.distributed as one handle. Keeps their tensors alive until they are waited for or found done. On NCCL `wait`
+    makes the current stream wait, not the host: memory that is then let go is used again by work on that stream, which comes after.
+    """
 
     def __init__(
         self, works: Sequence[dist.Work | None], tensors: Sequence[torch.Tensor], on_failure: Callable[[], None]
@@ -43,10 +47,17 @@ class WorkHandle:
         except RuntimeError:
             self._on_failure()
             raise
-        self._tensors = ()
+        self._works, self._tensors = [], ()
 
     def is_done(self) -> bool:
-        return all(work.is_completed() for work in self._works)
+        if not all(work.is_completed() for work in self._works):
+            return False
+        try:
+            # Nothing is left to wait for, but torch holds the tensors too until then, and says only then that the work failed.
+            self.wait()
+        except RuntimeError:
+            return False
+        return True
 
 
 class TorchTransport:
@@ -61,7 +72,20 @@ class TorchTransport:
         self._failed = False
 
     def prepare(self, group: Group) -> None:
+        is_new = group.communicator not in self._groups
         self._process_group(group)
+        if is_new and self._device.type != "cpu":
+            self._link_neighbours(group)
+
+    def _link_neighbours(self, group: Group) -> None:
+        """Sends a byte to the ranks before and after this one (in a ring) and receives one. In its first message with a rank NCCL exchanges
+        addresses through the host, which waits for that rank to do the same; gloo has linked all ranks of a group when it is made.
+        """
+        neighbours = sorted({(group.index + step) % group.size for step in (-1, 1)})
+        sent = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        halves = [Transfer("send", sent, peer) for peer in neighbours]
+        halves += [Transfer("receive", torch.empty_like(sent), peer) for peer in neighbours]
+        self.exchange(group, halves, "links").wait()
 
     def _process_group(self, group: Group) -> dist.ProcessGroup:
         if self._closed:
@@ -107,7 +131,8 @@ class TorchTransport:
         work = dist.broadcast(tensor, src=group.ranks[source], group=self._process_group(group), async_op=True)
         return WorkHandle([work], [tensor], self._mark_failed)
 
-    def exchange(self, group: Group, transfers: Sequence[Transfer]) -> Handle:
+    def exchange(self, group: Group, transfers: Sequence[Transfer], tag: str) -> Handle:
+        del tag
         process_group = self._process_group(group)
         operations = [
             dist.P2POp(
@@ -118,9 +143,9 @@ class TorchTransport:
             )
             for transfer in transfers
         ]
-        return WorkHandle(
-            dist.batch_isend_irecv(operations), [transfer.tensor for transfer in transfers], self._mark_failed
-        )
+        tensors = [transfer.tensor for transfer in transfers]
+        handle = WorkHandle(dist.batch_isend_irecv(operations), tensors, self._mark_failed)
+        return PolledWork(handle) if self._device.type == "cpu" else handle
 
     def symmetric_group(self, group: Group) -> str:
         if self._device.type != "cuda":

@@ -127,7 +127,7 @@ class _MeetingHandle:
 
 
 class _LetterHandle:
-    """Takes what was sent to this rank."""
+    """Takes what was sent to this rank. what: the exchange, for reports."""
 
     def __init__(self, world: _World, expected: list[tuple[_Box, torch.Tensor]], what: str) -> None:
         self._world, self._expected, self._what = world, expected, what
@@ -135,8 +135,9 @@ class _LetterHandle:
     def wait(self) -> None:
         world = self._world
         for box, target in self._expected:
+            what = f"{self._what} where rank {box[2]} receives {_kind(target)} from rank {box[1]}"
             with world.changed:
-                world.wait_until(_has_letter(world, box), _sender_unless_there(world, box), self._what)
+                world.wait_until(_has_letter(world, box), _sender_unless_there(world, box), what)
                 letter = world.letters.pop(box)
             if letter.shape != target.shape or letter.dtype != target.dtype:
                 raise CommunicationError(
@@ -246,7 +247,7 @@ class SimulatedTransport:
 
         return self._meet(group, f"broadcast from {source} of {_kind(tensor)}", tensor, read)
 
-    def exchange(self, group: Group, transfers: Sequence[Transfer]) -> Handle:
+    def exchange(self, group: Group, transfers: Sequence[Transfer], tag: str) -> Handle:
         expected = []
         with self._world.changed:
             if self._world.failed is not None:
@@ -259,7 +260,9 @@ class SimulatedTransport:
                 else:
                     expected.append((self._next_box(group.name, peer, self._rank), transfer.tensor))
             self._world.changed.notify_all()
-        return _LetterHandle(self._world, expected, f"an exchange of ranks {list(group.ranks)}")
+        tagged = f", tag {tag!r}" if tag else ""
+        what = f"an exchange of ranks {list(group.ranks)} (use {group.use!r}{tagged})"
+        return _LetterHandle(self._world, expected, what)
 
     def _next_box(self, name: str, sender: int, receiver: int) -> _Box:
         number = self._boxes.get((name, sender, receiver), 0)

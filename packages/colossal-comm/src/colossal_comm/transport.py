@@ -45,8 +45,8 @@ class Call:
     """One collective call, as it stands in reports and fingerprints.
 
     sequence: counts the calls on the same communicator, from 0. shape: of the tensor that decides the message (several are joined into
-    one text). detail: what else all ranks must agree on (the reduction, the source). sizes: rows sent to and received from each
-    rank, where those may differ.
+    one text). detail: what else all ranks must agree on (the reduction, the source); of an exchange, what this rank sends and receives
+    (`in_words`). sizes: rows sent to and received from each rank, where those may differ.
     """
 
     operation: str
@@ -60,14 +60,32 @@ class Call:
 
     def __str__(self) -> str:
         tag = f", tag {self.tag!r}" if self.tag else ""
-        return f"{self.operation} #{self.sequence} over {', '.join(self.group.axes)} (use {self.group.use!r}{tag})"
+        transfers = f"; {self.detail}" if self.operation == "exchange" else ""
+        return f"{self.operation} #{self.sequence} over {', '.join(self.group.axes)} (use {self.group.use!r}{tag}{transfers})"
+
+
+def in_words(transfers: Sequence[Transfer], group: Group) -> str:
+    """What a rank's half of an exchange is: `rank 1 receives float32 (4, 8) from rank 0 and sends float32 (2,) to rank 2`. Several
+    transfers with one peer in one direction stand together.
+    """
+    tensors: dict[tuple[str, int], list[str]] = {}
+    for transfer in transfers:
+        kind = f"{str(transfer.tensor.dtype).removeprefix('torch.')} {tuple(transfer.tensor.shape)}"
+        tensors.setdefault((transfer.kind, group.ranks[transfer.peer]), []).append(kind)
+    links = [
+        f"{kind}s {', '.join(kinds)} {'to' if kind == 'send' else 'from'} rank {peer}"
+        for (kind, peer), kinds in tensors.items()
+    ]
+    return f"rank {group.ranks[group.index]} {' and '.join(links)}"
 
 
 class Transport(Protocol):
     """Carries collectives out. Every method returns at once; the handle's `wait` raises RuntimeError when the operation failed."""
 
     def prepare(self, group: Group) -> None:
-        """Makes the group's communicator now. Every member calls it; otherwise the first collective does."""
+        """Makes the group's communicator now, and its links between neighbours. Every member calls it; otherwise the first collective makes
+        the communicator, and the first message a link.
+        """
 
     def all_reduce(self, group: Group, tensor: torch.Tensor, op: ReduceOp) -> Handle: ...
 
@@ -86,7 +104,8 @@ class Transport(Protocol):
 
     def broadcast(self, group: Group, tensor: torch.Tensor, source: int) -> Handle: ...
 
-    def exchange(self, group: Group, transfers: Sequence[Transfer]) -> Handle: ...
+    def exchange(self, group: Group, transfers: Sequence[Transfer], tag: str) -> Handle:
+        """tag: for reports."""
 
     def symmetric_group(self, group: Group) -> str:
         """The group's name for torch's operators on symmetric memory, or "" where this rank has none."""

@@ -45,6 +45,10 @@ def calls(collectives: RankCollectives, case: str) -> None:
     elif case == "transfer":
         half = Transfer("send", torch.ones(3), 1) if rank == 0 else Transfer("receive", torch.ones(4), 0)
         collectives.start_exchange([half], axes, tag="activations").wait()
+    elif case == "missing transfer":
+        half = Transfer("send", first, 1) if rank == 0 else Transfer("receive", second, 0)
+        for _ in range(rank + 1):
+            collectives.start_exchange([half], axes, use="links", tag="F0.0").wait()
     elif case == "compiled":
         tag = "in the first layer" if rank == 0 else "in the second layer"
         torch.compile(lambda x: collectives.all_reduce(x, axes, tag=tag), fullgraph=True, backend="aot_eager")(first)
@@ -104,6 +108,16 @@ def test_a_transfer_that_does_not_fit(start_ranks: Any) -> None:
         "  rank 0 sends (3,), float32, tag 'activations', at test_debug.py\n"
         "  rank 1 receives (4,), float32, tag 'activations', at test_debug.py\n"
         "  both must name the same shape, dtype and tag, in the same order"
+    )
+
+
+def test_a_transfer_that_never_comes_is_named_with_the_last_call_of_its_sender(start_ranks: Any) -> None:
+    _, second = messages(start_ranks, "missing transfer", timeout_seconds=1)
+    assert second == (
+        "ranks {0} never reached exchange #1 over dp_shard (use 'links', tag 'F0.0'; rank 1 receives float32 (4,) from rank 0) within 1 s\n"
+        "  rank 0 last announced: exchange #0 over dp_shard, (4,), float32, rank 0 sends float32 (4,) to rank 1, tag 'F0.0', "
+        "at test_debug.py\n"
+        "  look at what these ranks do instead: a condition that differs between ranks, an exception, or a slow step"
     )
 
 

@@ -1,20 +1,27 @@
-"""The same collectives through NCCL, on as many GPUs as there are (at least two): values, gradients, compiled code, overlap, NaN."""
+"""The same collectives through NCCL, on as many GPUs as there are (at least two): values, gradients, compiled code, overlap, NaN,
+and the exchanges of a pipeline."""
 
 from __future__ import annotations
 
+import time
+import weakref
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from colossal_comm import RankCollectives, bench_collectives, join, leave
-from colossal_core.collectives import Transfer
+from colossal_comm.groups import TorchTransport
+from colossal_core.collectives import Handle, Transfer
 from colossal_core.mesh import MeshLayout
 
 pytestmark = pytest.mark.gpu
 NUM_RANKS = 2
 PAIR = MeshLayout((1, 1, NUM_RANKS, 1, 1))
+STAGES = MeshLayout((NUM_RANKS, 1, 1, 1, 1))
+NUM_MICROBATCHES = 8
+NUM_ELEMENTS = 1 << 20  # 4 MiB a message, above what NCCL buffers: a send ends only when it is received
 
 
 def asynchronous(collectives: RankCollectives) -> list[Any]:
@@ -83,3 +90,78 @@ def test_nccl(start_ranks: Any) -> None:
     for found in (first, second):
         assert max(found[1]) <= 1e-12
         assert found[2] == 6
+
+
+def one(collectives: RankCollectives, kind: Literal["send", "receive"], tensor: torch.Tensor, use: str) -> Handle:
+    return collectives.start_exchange([Transfer(kind, tensor, 1 - collectives.rank)], "pp", use=use)
+
+
+def warm_up(device: torch.device) -> None:
+    """Loads the kernels and takes the memory that `pipelined` needs: CUDA may synchronise for either, while a receive is still waiting."""
+    taken = [torch.full((NUM_ELEMENTS,), 1.0, device=device) for _ in range(3 * NUM_MICROBATCHES)]
+    assert (2 * taken[0] + 1).mean().item() == 3.0
+
+
+def pipelined(collectives: RankCollectives) -> tuple[list[float], bool]:
+    """Activations one way and gradients the other, every receive posted before the first send, no send waited for.
+
+    Were the uses one communicator, both ranks' sends would stand behind their own receives for ever. Returns the mean of each tensor
+    received, and whether the sent tensors were let go by handles that were only asked.
+    """
+    incoming, outgoing = ("gradients", "activations") if collectives.rank == 0 else ("activations", "gradients")
+    received = [torch.empty(NUM_ELEMENTS, device=collectives.device) for _ in range(NUM_MICROBATCHES)]
+    receives = [one(collectives, "receive", tensor, incoming) for tensor in received]
+    sends: list[Handle] = []
+    sent: list[weakref.ref[torch.Tensor]] = []
+    for number in range(NUM_MICROBATCHES):
+        if collectives.rank == 0:
+            tensor = torch.full((NUM_ELEMENTS,), float(number), device=collectives.device)
+        else:
+            receives[number].wait()
+            tensor = 2 * received[number] + 1
+        sends.append(one(collectives, "send", tensor, outgoing))
+        sent.append(weakref.ref(tensor))
+        del tensor
+    for handle in receives:
+        handle.wait()
+    means = [tensor.mean().item() for tensor in received]
+    deadline = time.monotonic() + 30
+    while not all(handle.is_done() for handle in sends) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return means, all(found() is None for found in sent)
+
+
+def wait_orders_the_stream(collectives: RankCollectives) -> float:
+    """The receiver's `wait` returns before the sender starts: the sender asks the store whether it has. Returns what was received."""
+    transport = collectives._session.transport
+    assert isinstance(transport, TorchTransport)
+    tensor = torch.full((NUM_ELEMENTS,), 3.0 - 3.0 * collectives.rank, device=collectives.device)
+    if collectives.rank == 0:
+        transport.store.wait(["test/wait returned"], timedelta(seconds=30))
+        one(collectives, "send", tensor, "activations").wait()
+        return 0.0
+    handle = one(collectives, "receive", tensor, "activations")
+    assert not handle.is_done()
+    handle.wait()
+    doubled = (2 * tensor).mean()
+    transport.store.set("test/wait returned", "1")
+    return doubled.item()
+
+
+def stages(rank: int, address: str) -> tuple[tuple[list[float], bool], float]:
+    collectives = join(STAGES, rank, torch.device("cuda", rank), address, timedelta(seconds=60))
+    for use in ("activations", "gradients"):
+        collectives.prepare("pp", use)
+    warm_up(collectives.device)
+    found = pipelined(collectives), wait_orders_the_stream(collectives)
+    leave(collectives)
+    return found
+
+
+def test_exchanges_over_two_uses_do_not_hold_each_other_up(start_ranks: Any) -> None:
+    assert torch.accelerator.device_count() >= NUM_RANKS
+    first, second = start_ranks(stages, NUM_RANKS).outcomes(240)
+    assert isinstance(first, tuple) and isinstance(second, tuple), f"{first}\n{second}"
+    numbers = [float(number) for number in range(NUM_MICROBATCHES)]
+    assert first == (([2 * number + 1 for number in numbers], True), 0.0)
+    assert second == ((numbers, True), 6.0)

@@ -69,13 +69,30 @@ def test_different_calls_are_told() -> None:
 def test_a_receive_without_a_send_times_out() -> None:
     def waits(collectives: Collectives) -> None:
         if collectives.rank == 0:
-            collectives.start_exchange([Transfer("receive", torch.ones(1), 1)], "dp").wait()
+            collectives.start_exchange([Transfer("receive", torch.ones(1), 1)], "dp", use="links", tag="F0.2").wait()
         else:
             time.sleep(0.5)
 
-    message = "ranks {1} never reached an exchange of ranks [0, 1, 2] within 0.1 s"
+    message = (
+        "ranks {1} never reached an exchange of ranks [0, 1, 2] (use 'links', tag 'F0.2') where rank 0 receives float32 (1,) from rank 1 "
+        "within 0.1 s"
+    )
     with pytest.raises(CommunicationError, match=f"^{re.escape(message)}$"):
         run_simulated(MESH, waits, timeout=timedelta(seconds=0.1))
+
+
+def test_uses_are_apart() -> None:
+    def crosses(collectives: Collectives) -> list[float]:
+        first, second = torch.zeros(1), torch.zeros(1)
+        if collectives.rank == 0:
+            collectives.start_exchange([Transfer("send", first + 1, 1)], "dp", use="a").wait()
+            collectives.start_exchange([Transfer("send", second + 2, 1)], "dp", use="b").wait()
+        if collectives.rank == 1:
+            collectives.start_exchange([Transfer("receive", second, 0)], "dp", use="b").wait()
+            collectives.start_exchange([Transfer("receive", first, 0)], "dp", use="a").wait()
+        return [first.item(), second.item()]
+
+    assert run_simulated(MESH, crosses) == [[0, 0], [1, 2], [0, 0]]
 
 
 def test_grad_mode_of_the_caller_holds() -> None:

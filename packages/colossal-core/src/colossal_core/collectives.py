@@ -29,11 +29,17 @@ ReduceOp = Literal["sum", "max", "min"]
 
 
 class Handle(Protocol):
-    """A collective on its way. `wait` makes its result safe to read by later work on the current stream (on the CPU: blocks)."""
+    """A collective on its way. It keeps its tensors alive: keep it until it is waited for or, where it only sends, found done."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Makes the result safe to read, and what was given safe to free, by later work on the current stream. On an accelerator it
+        orders the stream and returns at once; on the CPU it blocks. Raises CommunicationError.
+        """
 
-    def is_done(self) -> bool: ...
+    def is_done(self) -> bool:
+        """Whether it has ended, asked without waiting. What only sends has then let its tensors go and needs no `wait`; what brings a
+        result still does. One that failed is never done: its `wait` raises.
+        """
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,19 @@ class Collectives(Protocol):
     def close(self, grace: timedelta = timedelta(0)) -> None:
         """Leaves the group. grace: how long the rank that hosts the store waits for the others. Calling it again does nothing."""
 
+    def prepare(self, axes: Axes, use: str) -> None:
+        """Makes the communicator of (axes, use) ahead of its first use, and the links to both neighbours in the group. Every rank of the
+        group calls it, in one order for all uses.
+
+        Needed where not all of a group take part in an exchange, and where ranks first use several communicators in different orders: to
+        make one, and on NCCL a link between two ranks of it, the hosts wait for each other, so that receives posted early on both sides
+        would wait for ever. Communication: on NCCL one byte to each neighbour.
+        """
+
     def size(self, axes: Axes) -> int:
-        """Number of ranks in this rank's group over `axes`."""
+        """Number of ranks in this rank's group over `axes`. A sharing set has its size for the ranks off its stages too, and they may ask
+        nothing else of it.
+        """
 
     def index(self, axes: Axes) -> int:
         """This rank's place in its group over `axes`."""
@@ -99,8 +116,15 @@ class Collectives(Protocol):
     def start_broadcast(self, tensor: torch.Tensor, axes: Axes, *, source: int = 0, tag: str = "") -> Handle:
         """Overwrites `tensor` with that of the rank at index `source` of the group."""
 
-    def start_exchange(self, transfers: Sequence[Transfer], axes: Axes, *, tag: str = "") -> Handle:
-        """Batched point-to-point: all sends and receives together, in any order, without deadlock."""
+    def start_exchange(
+        self, transfers: Sequence[Transfer], axes: Axes, *, use: str = "exchange", tag: str = ""
+    ) -> Handle:
+        """Batched point-to-point: all sends and receives together, in any order, without deadlock.
+
+        From one rank to another, what is sent under a `use` arrives in order. On NCCL one communicator is one stream, where a receive holds
+        up what this rank starts after it: exchanges that must not wait for one another (gradients against activations, one neighbour
+        against the other) have uses of their own, made by `prepare`.
+        """
 
     def all_reduce(
         self, tensor: torch.Tensor, axes: Axes, *, cotangent: Cotangent = "replicated", tag: str = ""
@@ -171,6 +195,9 @@ class SingleProcess:
     def close(self, grace: timedelta = timedelta(0)) -> None:
         del grace
 
+    def prepare(self, axes: Axes, use: str) -> None:
+        del axes, use
+
     def size(self, axes: Axes) -> int:
         return self.mesh.size(axes)
 
@@ -213,7 +240,9 @@ class SingleProcess:
     def start_broadcast(self, tensor: torch.Tensor, axes: Axes, *, source: int = 0, tag: str = "") -> Handle:
         return DoneHandle()
 
-    def start_exchange(self, transfers: Sequence[Transfer], axes: Axes, *, tag: str = "") -> Handle:
+    def start_exchange(
+        self, transfers: Sequence[Transfer], axes: Axes, *, use: str = "exchange", tag: str = ""
+    ) -> Handle:
         sent = [transfer.tensor for transfer in transfers if transfer.kind == "send"]
         received = [transfer.tensor for transfer in transfers if transfer.kind == "receive"]
         for target, source in zip(received, sent, strict=True):

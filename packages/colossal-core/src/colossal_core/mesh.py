@@ -57,7 +57,7 @@ class MeshLayout:
 
     sizes: one size for each of `BASE_AXES`, all at least 1.
     derived: folds and factors that strategies added (`with_axis`). `dp` and `shard` are always there.
-    sharing: sets of stages that hold one and the same parameter; a group over one, alone or before other axes, is asked for by name.
+    sharing: sets of stages that hold one and the same parameter; a group over one, alone or with axes other than pp, is asked for by name.
     """
 
     sizes: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1)
@@ -167,11 +167,9 @@ class MeshLayout:
         """The ranks that differ from `rank` only along `axes`, ordered by their flat index over `axes` (as given, row-major)."""
         axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if self.size(axis) > 1)
         own = self.coordinate(rank)
-        shared = self._shared(axes[0]) if axes else None
-        if shared is not None:
-            assert shared.name in own, f"rank {rank} is on none of the stages of {shared}"
-            stages = (self.rank({**own, "pp": stage}) for stage in shared.stages)
-            return tuple(member for first in stages for member in self.group(first, axes[1:]))
+        place = next((place for place, axis in enumerate(axes) if self._shared(axis)), None)
+        if place is not None:
+            return self._group_over_stages(own, axes, place)
         digits = [self._digit(axis) for axis in axes]
         folds = tuple(dict.fromkeys(base for base, _ in digits))
         together = [axis for base in folds for axis in base]
@@ -191,6 +189,16 @@ class MeshLayout:
             members.append(self.rank(coordinate))
         assert len(set(members)) == len(members), f"axes {axes} do not form a group: {members}"
         return tuple(members)
+
+    def _group_over_stages(self, own: Mapping[str, int], axes: tuple[str, ...], place: int) -> tuple[int, ...]:
+        """`group` where `axes[place]` is a sharing set: the group over the other axes on each of its stages, in row-major order."""
+        shared, others = self._shared(axes[place]), axes[:place] + axes[place + 1 :]
+        assert shared is not None and shared.name in own, f"rank {self.rank(own)} is on none of the stages of {shared}"
+        assert "pp" not in self.base_axes(others), f"axes {axes} do not form a group: they cut pp in two ways"
+        on_stages = [self.group(self.rank({**own, "pp": stage}), others) for stage in shared.stages]
+        inner = self.size(axes[place + 1 :])
+        starts = range(0, len(on_stages[0]), inner)
+        return tuple(member for start in starts for ranks in on_stages for member in ranks[start : start + inner])
 
     def groups(self, axes: str | Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """All groups over `axes` (not over a sharing set), each rank in exactly one, ordered by their first rank."""

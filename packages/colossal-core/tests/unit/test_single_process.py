@@ -57,6 +57,10 @@ def test_what_is_sent_to_oneself_arrives(alone: Collectives) -> None:
     sent, received = torch.arange(3.0), torch.zeros(3)
     done(alone.start_exchange([Transfer("receive", received, 0), Transfer("send", sent, 0)], "pp"))
     assert torch.equal(received, sent)
+    alone.prepare("pp", "activations")
+    more = torch.zeros(3)
+    done(alone.start_exchange([Transfer("receive", more, 0), Transfer("send", sent, 0)], "pp", use="activations"))
+    assert torch.equal(more, sent)
     with pytest.raises(ValueError) as caught:
         alone.start_exchange([Transfer("send", sent, 0)], "pp")
     assert str(caught.value) == "zip() argument 2 is longer than argument 1"
