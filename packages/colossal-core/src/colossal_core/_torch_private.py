@@ -6,7 +6,7 @@ All were tried on torch 2.13.0 (CPU); those of training and of the memory estima
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "OpOverload",
     "OperatorKinds",
     "TorchDispatchMode",
+    "arguments_written",
     "call_node",
     "fused_adamw",
     "hidden_from_dynamo",
@@ -94,6 +95,15 @@ def is_view_op(op: OpOverload) -> bool:
     """Whether the operator returns its input's storage or writes into it, by its schema."""
     schema = op._schema
     return any(returned.alias_info is not None for returned in schema.returns)
+
+
+def arguments_written(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Those of a call's arguments that the operator writes into, by its schema: tensors, or lists of them; None for one left out."""
+    return [
+        args[index] if index < len(args) else kwargs.get(argument.name)
+        for index, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def packet_of(op: OpOverload) -> Any:

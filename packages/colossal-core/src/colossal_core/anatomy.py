@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from colossal_core.flow import Flow
     from colossal_core.specimen import Specimen
 
 Task = Literal["causal-lm", "masked-lm", "seq2seq-lm", "own-loss"]
@@ -67,8 +68,9 @@ class ModelAnatomy:
     fused_dropout: modules that draw random numbers inside a fused kernel, so that no mesh-independent key can be given.
     forward_keys: keyword arguments that `forward` takes; None when it takes any. tensor_plan, expert_plan: transformers' own plans as (name
     pattern with `*` for a number, style of `colossal_core.transformers_plans`). untraced: why no forward pass could be traced, else "".
-    modules: every module, in the order of `named_modules()`. specimen: a small model of the same kind, built when it is asked for; None
-    where no batch is known for the model. It is no part of what two anatomies are compared by.
+    modules: every module, in the order of `named_modules()`. flow: what is handed from block to block, and where each parameter is
+    read; None where that could not be followed, and `unfollowed` says why. specimen: a small model of the same kind, built when it is
+    asked for; None where no batch is known for the model. It is no part of what two anatomies are compared by.
     """
 
     class_name: str
@@ -93,6 +95,8 @@ class ModelAnatomy:
     expert_plan: tuple[tuple[str, str], ...] = ()
     untraced: str = ""
     modules: tuple[ModuleFact, ...] = ()
+    flow: Flow | None = None
+    unfollowed: str = ""
     specimen: Specimen | None = field(default=None, compare=False, repr=False)
 
     @property

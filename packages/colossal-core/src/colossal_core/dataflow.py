@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from colossal_core.anatomy import BlockChain
 from colossal_core.interfaces import ATTENTION_INTERFACE, EXPERTS_INTERFACE, calls_fused_attention, modules_reaching
@@ -37,11 +38,15 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one forward pass showed. calls: of the elements of each list, by the list's name, in order. error: why it stopped, else ""."""
+    """What one forward pass showed. calls: of the elements of each list, by the list's name, in order. error: why it stopped, else "".
+
+    branch: the side that it took wherever the model branched on values.
+    """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     fused_dropout: set[str] = field(default_factory=set)
     error: str = ""
+    branch: bool = True
 
     @property
     def called(self) -> set[str]:
@@ -74,22 +79,44 @@ def trace(model: nn.Module, batch: Mapping[str, object] | None) -> Trace:
 
 
 def _trace_once(model: nn.Module, batch: Mapping[str, object], *, branch: bool) -> Trace:
-    found = Trace()
+    found = Trace(branch=branch)
+
+    def watch(shadow: nn.Module) -> AbstractContextManager[object]:
+        _watch(shadow, found)
+        return nullcontext()
+
     try:
-        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            shadow = meta_copy(model)
-            _prepare(shadow)
-            handles = _watch(shadow, found)
-            meta = {key: tensor.to("meta") if isinstance(tensor, Tensor) else tensor for key, tensor in batch.items()}
-            with torch.device("meta"), _Observer(shadow, found.fused_dropout, branch=branch):
-                shadow(**meta)
+        meta_pass(model, batch, watch, branch=branch, fused_dropout=found.fused_dropout)
     except Exception as error:  # whatever a stranger's forward raises: the caller then goes by structure
-        found.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        return found
-    for handle in handles:
-        handle.remove()
+        found.error = first_line(error)
     return found
+
+
+def meta_pass(
+    model: nn.Module,
+    batch: Mapping[str, object],
+    watch: Callable[[nn.Module], AbstractContextManager[object]],
+    *,
+    branch: bool,
+    fused_dropout: set[str],
+) -> object:
+    """The output of `model(**batch)` on a structural copy on meta, inside the context that `watch` gives for the copy.
+
+    branch: the answer to every question about values. fused_dropout: gets the names of modules that ask a fused kernel for dropout.
+    Raises whatever the model raises.
+    """
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        shadow = meta_copy(model)
+        prepare(shadow)
+        meta = {key: tensor.to("meta") if isinstance(tensor, Tensor) else tensor for key, tensor in batch.items()}
+        with torch.device("meta"), Observer(shadow, fused_dropout, branch=branch), watch(shadow):
+            return shadow(**meta)
+
+
+def first_line(error: Exception) -> str:
+    """An exception of a stranger's code in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -168,9 +195,8 @@ def _runs(calls: list[Call]) -> Iterator[list[Call]]:
         yield run
 
 
-def _watch(shadow: nn.Module, found: Trace) -> list[RemovableHandle]:
+def _watch(shadow: nn.Module, found: Trace) -> None:
     names = {id(module): name for name, module in reversed(list(shadow.named_modules()))}
-    handles = []
     for list_name, elements in module_lists(shadow).items():
         for element in dict.fromkeys(elements):
             block = names[id(element)]
@@ -186,8 +212,7 @@ def _watch(shadow: nn.Module, found: Trace) -> list[RemovableHandle]:
                 inputs = tuple(tensors_in((args, kwargs)))
                 found.calls.setdefault(list_name, []).append(Call(block, inputs, next(tensors_in(output), None)))
 
-            handles.append(element.register_forward_hook(record, with_kwargs=True))
-    return handles
+            element.register_forward_hook(record, with_kwargs=True)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -205,7 +230,30 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, item.name))
 
 
-def _prepare(shadow: nn.Module) -> None:
+def with_tensors(value: object, tensors: Iterator[Tensor]) -> Any:
+    """`value` with other tensors in place of its own, which come in the order of `tensors_in`. Containers of tensors are new ones of the
+    same types; whatever holds no tensor is passed on as it is.
+    """
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if next(tensors_in(value), None) is None:
+        return value
+    if isinstance(value, tuple | list):
+        make: Any = getattr(type(value), "_make", type(value))  # a named tuple is not made from a sequence
+        return make([with_tensors(item, tensors) for item in value])
+    made: Any = copy.copy(value)
+    if isinstance(value, MutableMapping):
+        for key, item in value.items():
+            made[key] = with_tensors(item, tensors)
+    elif isinstance(value, Mapping):
+        return type(made)({key: with_tensors(item, tensors) for key, item in value.items()})
+    elif is_dataclass(value):
+        for item in fields(value):
+            object.__setattr__(made, item.name, with_tensors(getattr(value, item.name), tensors))
+    return made
+
+
+def prepare(shadow: nn.Module) -> None:
     """Makes the copy traceable: no dropping of whole layers, no kernel that has no meta form, no routing by data.
 
     Modules that call fused attention stay in training mode, so that the dropout which they would ask for can be read.
@@ -220,7 +268,7 @@ def _prepare(shadow: nn.Module) -> None:
             _use_portable_attention(module)
         if name in experts:
             # An experts module gives one output row for each token: which expert made it does not change where it flows.
-            module.__dict__["forward"] = lambda hidden, *args, **kwargs: torch.empty_like(hidden)
+            module.__dict__["forward"] = lambda hidden, *args, **kwargs: hidden.clone()
 
 
 def _use_portable_attention(module: nn.Module) -> None:
@@ -234,7 +282,7 @@ _QUESTIONS = (Tensor.__bool__, Tensor.__contains__)
 """What a forward pass asks of values: is this mask all ones? is the padding token in here?"""
 
 
-class _Observer(TorchFunctionMode):
+class Observer(TorchFunctionMode):
     """Notes which module called torch's fused attention with a dropout above zero, and answers questions about values with `branch`."""
 
     def __init__(self, shadow: nn.Module, found: set[str], *, branch: bool) -> None:

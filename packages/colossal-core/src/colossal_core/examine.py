@@ -17,6 +17,7 @@ from colossal_core.dataflow import (
     trace,
 )
 from colossal_core.example_batch import traced_batch
+from colossal_core.flow import follow
 from colossal_core.interfaces import ATTENTION_INTERFACE, EXPERTS_INTERFACE, modules_reaching
 from colossal_core.specimen import Specimen
 from colossal_core.specimen_choice import specimen_of
@@ -48,11 +49,13 @@ def examine(
     when the traced pass fails, block lists are found by structure and `untraced` says why. specimen: a small model of the same kind, from
     someone who knows how to make one; None: made by rule, from the config, or from the model and its batch.
     """
-    found = trace(model, traced_batch(model, example_batch))
+    batch = traced_batch(model, example_batch)
+    found = trace(model, batch)
     chains = chains_by_data_flow(model, found)
     if found.error:
         chains = [chain for chain in chains if _is_whole_list(model, chain)]
     chains = _with_structure(model, chains, found.called, traced=not found.error)
+    flow, unfollowed = follow(model, batch, chains, found)
     facts = config_facts(model)
     embeddings = _embeddings(model)
     vocab_size = facts.vocab_size if facts.vocab_size is not None else _table_size(model, embeddings)
@@ -78,6 +81,8 @@ def examine(
         expert_plan=expert_plan(model),
         untraced=found.error,
         modules=tuple(_module_fact(name, module) for name, module in model.named_modules()),
+        flow=flow,
+        unfollowed=unfollowed,
         specimen=specimen if specimen is not None else specimen_of(model, chains, example_batch),
     )
 

@@ -25,12 +25,25 @@ def traced_batch(model: nn.Module, example_batch: Mapping[str, Tensor] | None) -
     if batch is None:
         return None
     taken = inspect.signature(model.forward).parameters
-    kept: dict[str, object] = dict(taken_by(model, batch))
+    kept: dict[str, object] = {key: _as_parameters(value, model) for key, value in taken_by(model, batch).items()}
     if "labels" in taken and taken["labels"].default is not inspect.Parameter.empty:
-        kept.pop("labels", None)
+        labels = kept.pop("labels", None)
+        if isinstance(labels, Tensor) and "decoder_input_ids" in taken and "decoder_input_ids" not in kept:
+            kept["decoder_input_ids"] = torch.zeros_like(labels)  # as training makes them from the labels
     if is_transformers_model(model):
         kept.update({switch: False for switch in ("use_cache", "output_router_logits") if switch in taken})
     return kept
+
+
+def _as_parameters(value: Tensor, model: nn.Module) -> Tensor:
+    """A floating input in the dtype of the model's parameters, as training hands it over; a sound file's or a picture's may be another."""
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = next(floating, value.dtype)
+    return (
+        torch.empty_like(value, dtype=dtype, device="meta")
+        if value.is_floating_point() and value.dtype != dtype
+        else value
+    )
 
 
 def taken_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
