@@ -9,19 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from colossal_core.dataflow import tensors_in
-from colossal_core.program import Program
+from colossal_core.program import SPLIT, WHOLE, Part
 from colossal_core.recompute import Forward, recomputation_of, without_cache
 from colossal_core.split_backward import Gradients, SplitBackward
-
-Part = Literal["forward", "backward", "backward_input", "backward_weight"]
-WHOLE: frozenset[Part] = frozenset({"forward", "backward"})
-SPLIT: frozenset[Part] = WHOLE | {"backward_input", "backward_weight"}
 
 Accumulate = Callable[[nn.Parameter, Tensor], None]
 
@@ -48,12 +44,6 @@ class BlockRunner(Protocol):
         """Accumulates the gradients of the parameters, after `backward_input` of the same microbatch, and frees everything."""
 
 
-def missing_parts(program: Program, parts: frozenset[Part]) -> tuple[str, ...]:
-    """The parts that a program asks of a runner that has only `parts`, in the order of the program."""
-    asked = (action.kind for actions in program.actions for action in actions)
-    return tuple(dict.fromkeys(kind for kind in asked if kind in SPLIT and kind not in parts))
-
-
 def accumulate_in_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Adds to `.grad`."""
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -61,26 +51,33 @@ def accumulate_in_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 @dataclass
 class _Kept:
-    """One microbatch between its parts. rerun: makes the outputs with a graph, where the forward pass made none."""
+    """One microbatch between its parts. rerun: makes the outputs with a graph, where the forward pass made none; dtypes: of those."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     rerun: Callable[[], tuple[Tensor, ...]] | None
     split: SplitBackward | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
 
 
 class EagerBlockRunner:
-    """The runner of blocks that run as they are. accumulate: where parameter gradients go.
+    """The runner of blocks that run as they are. accumulate: where parameter gradients go. call: what runs the block, None: calling it.
 
     Where the strategy `recompute` has been applied, the runner replays the block itself, once, in `backward` or `backward_input`: torch's
     checkpointing would run it again for each of the two. A compiled block is one node of the graph: it has no split parts.
     """
 
     def __init__(
-        self, block: nn.Module, accumulate: Accumulate = accumulate_in_grad, *, compiled: bool = False
+        self,
+        block: nn.Module,
+        accumulate: Accumulate = accumulate_in_grad,
+        *,
+        compiled: bool = False,
+        call: Callable[..., Any] | None = None,
     ) -> None:
         self.parts = WHOLE if compiled else SPLIT
         self._block = block
+        self._call: Callable[..., Any] = block if call is None else call
         self._accumulate = accumulate
         self._recomputation = None if compiled else recomputation_of(block)
         self._kept: dict[int, _Kept] = {}
@@ -91,7 +88,7 @@ class EagerBlockRunner:
         args, kwargs = _cut_off(args, leaves), _cut_off(dict(kwargs), leaves)
         inputs = tuple(tensors_in((args, kwargs)))
         if self._recomputation is None:
-            output = self._block(*args, **kwargs)
+            output = self._call(*args, **kwargs)
             self._kept[microbatch] = _Kept(inputs, tuple(tensors_in(output)), None)
             return _detached(output)
         args, kwargs = without_cache(args), without_cache(kwargs)
@@ -105,7 +102,8 @@ class EagerBlockRunner:
             with torch.enable_grad(), random.restored(), second:
                 return tuple(tensors_in(self._run(args, kwargs)))
 
-        self._kept[microbatch] = _Kept(inputs, (), rerun)
+        dtypes = tuple(tensor.dtype for tensor in tensors_in(output))
+        self._kept[microbatch] = _Kept(inputs, (), rerun, dtypes=dtypes)
         return output
 
     def backward(self, microbatch: int, output_gradients: Gradients) -> Gradients:
@@ -135,6 +133,22 @@ class EagerBlockRunner:
         parameters = self._trainable()
         self._add(parameters, kept.split.parameter_gradients())
 
+    def differs(self, microbatch: int) -> tuple[bool, ...]:
+        """Of each output of a microbatch that has run, whether a gradient of it leads anywhere."""
+        kept = self._kept[microbatch]
+        if kept.rerun is None:
+            return tuple(output.requires_grad for output in kept.outputs)
+        leads = any(tensor.requires_grad for tensor in kept.inputs) or bool(self._trainable())
+        return tuple(leads and dtype.is_floating_point for dtype in kept.dtypes)
+
+    def forget(self, microbatch: int) -> None:
+        """Drops what is kept of a microbatch of which no output got a gradient."""
+        del self._kept[microbatch]
+
+    def has_split(self, microbatch: int) -> bool:
+        """Whether the input part of a microbatch has run."""
+        return self._kept[microbatch].split is not None
+
     def _with_outputs(self, microbatch: int) -> _Kept:
         kept = self._kept[microbatch]
         if kept.rerun is not None:
@@ -148,7 +162,7 @@ class EagerBlockRunner:
         installed: Forward = attributes["forward"]
         attributes["forward"] = self._recomputation.original
         try:
-            return self._block(*args, **kwargs)
+            return self._call(*args, **kwargs)
         finally:
             attributes["forward"] = installed
 

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 def install_gathering(model: nn.Module, plan: Plan, anatomy: ModelAnatomy, state: ParameterState) -> None:
     """Puts the hooks on the model and its blocks. A block that runs several times in a forward pass stays open until the backward pass
-    ends.
+    ends. In a pipeline several microbatches are under way at once: a unit is gathered before its first use, and stays for the step.
     """
     repeated = frozenset(name for chain in anatomy.chains for name in chain.repeated)
+    if plan.program.num_stages > 1:
+        _install_waiting(model, plan, state)
+        return
     walk = _Walk(plan, repeated, state)
     model.register_forward_pre_hook(walk.before_model)
     if walk.releases:
@@ -40,6 +43,31 @@ def install_gathering(model: nn.Module, plan: Plan, anatomy: ModelAnatomy, state
         module.register_forward_pre_hook(walk.before_block(position), with_kwargs=True)
         if walk.releases:
             module.register_forward_hook(walk.after_block(position))
+
+
+def _install_waiting(model: nn.Module, plan: Plan, state: ParameterState) -> None:
+    outside = plan.units_by_use[: len(plan.units_by_use) - len(plan.block_names)]
+
+    def before_model(module: nn.Module, inputs: Any) -> None:
+        del module, inputs
+        for unit in outside:
+            state.gather(unit)
+
+    def before_block(position: int) -> Callable[[nn.Module, Any], None]:
+        def gather(module: nn.Module, inputs: Any) -> None:
+            del module, inputs
+            state.gather(plan.block_names[position])
+            for unit in plan.block_names[position + 1 : position + 1 + plan.gathering.prefetch]:
+                state.prefetch(unit)
+
+        return gather
+
+    assert plan.gathering.keep in ("always", "step"), (
+        f"a pipeline gathers once a step, not once a {plan.gathering.keep}"
+    )
+    model.register_forward_pre_hook(before_model)
+    for position, block in enumerate(plan.block_names):
+        model.get_submodule(block).register_forward_pre_hook(before_block(position))
 
 
 def gathering_problems(model: nn.Module) -> Iterable[Problem]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from colossal_core.errors import Problem
 from colossal_core.mesh import LOSS_AXES
-from colossal_core.program import PLAIN_KINDS
+from colossal_core.program import WHOLE, missing_parts
 from colossal_core.strategy import Phase
 
 if TYPE_CHECKING:
@@ -77,8 +77,21 @@ def layout_problems(draft: PlanDraft) -> Iterable[Problem]:
 
 
 def program_problems(draft: PlanDraft) -> Iterable[Problem]:
-    """Actions that no runner carries out."""
-    lacking = sorted({action.kind for actions in draft.program.actions for action in actions} - PLAIN_KINDS)
-    if lacking:
-        reason = f"has actions of kind {', '.join(lacking)}, which no installed runner carries out"
-        yield Problem("program", reason, "use a program of forward, backward and reduce actions")
+    """A program that does not fit the mesh and the batch, or asks a block for a part that it cannot run in."""
+    program, own = draft.program, "this is a mistake in a strategy's plan: report it"
+    if len(program.actions) != draft.mesh.size("pp"):
+        reason = f"has actions for {len(program.actions)} pipeline ranks, and there are {draft.mesh.size('pp')}"
+        yield Problem("program", reason, own)
+    if program.num_microbatches != draft.batch.num_microbatches:
+        reason = f"is for {program.num_microbatches} microbatches, and a step has {draft.batch.num_microbatches}"
+        yield Problem("program", reason, own)
+    unknown = sorted({str(action) for actions in program.actions for action in actions if action.block})
+    if unknown:
+        yield Problem(
+            "program", f"has actions on single blocks ({unknown[0]}), which the runner does not carry out", own
+        )
+    if program.num_stages == 1 and missing_parts(program, WHOLE):
+        yield Problem("program", "cuts backward passes in two without stages, which nobody waits for", own)
+    if draft.decisions.get("compile") and missing_parts(program, WHOLE):
+        reason = "cuts backward passes in two, and a compiled block is one node of the graph, which cannot be cut"
+        yield Problem("program", reason, "leave compile out, or use a schedule with whole backward passes")

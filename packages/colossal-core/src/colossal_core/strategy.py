@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from pydantic import BaseModel
     from torch import nn
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from colossal_core.precision import Precision
     from colossal_core.rank_compute import RankCompute
     from colossal_core.shards import ParameterState
+    from colossal_core.stages import Stages
 
 
 class Phase(enum.IntEnum):
@@ -100,6 +103,8 @@ class StrategySpec:
     config_class: the pydantic class of that section. factory: config section -> Strategy, or None where the section asks for nothing.
     The section's default (`config_class()`) stands where the user writes none, and `factory` says by None that it is then not there.
     axis_sizes: config section -> sizes that it gives to base axes of the mesh (`{"tp": 2}`). What is left over of the ranks is dp_shard.
+    show_schedule: of a strategy that writes the plan's program: what `colossal plan --show-schedule` prints of it. Given a file, it draws
+    the same there as PNG. Costs are estimates from the plan and the model alone.
     """
 
     name: str
@@ -107,6 +112,7 @@ class StrategySpec:
     config_class: type[BaseModel]
     factory: Callable[[Any], Strategy | None]
     axis_sizes: Callable[[Any], Mapping[str, int]] = no_axes
+    show_schedule: Callable[[Plan, ModelAnatomy, Path | None], str] | None = None
 
 
 class CrossEntropy(Protocol):
@@ -224,12 +230,13 @@ class ApplyContext:
     """What `apply` may use and fill: the only mutable meeting point of strategies.
 
     collectives: the other ranks. coordinate: this rank's, along every axis. parameters: the parameter state, set by the strategy of phase
-    shard_state and there for later phases. units: the plan's, in the order of their use. names: full name by id() of
-    the user's parameter objects, aliases resolved. slots: every place in the module tree that holds a parameter. replayed: per-call state
-    that recomputation must bring back for its microbatch. cross_entropy: set by a strategy that leaves the logits of a head cut: it takes
-    the place of the op of that name, in training and in evaluation. dropout: what the model's dropouts read; a strategy says by
-    `module.keyed_layer.part` that a module sees a part of each sample, by `fused_part.seed_by_part` the same of one that draws inside a
-    kernel. computes: what strategies have changed of what this rank computes, set when they have.
+    shard_state and there for later phases. units: the plan's, in the order of their use; blocks: those of them that are blocks. names:
+    full name by id() of the user's parameter objects, aliases resolved. slots: every place in the module tree that holds a parameter.
+    replayed: per-call state that recomputation must bring back for its microbatch. cross_entropy: set by a strategy that leaves the
+    logits of a head cut: it takes the place of the op of that name, in training and in evaluation. dropout: what the model's dropouts
+    read; a strategy says by `module.keyed_layer.part` that a module sees a part of each sample, by `fused_part.seed_by_part` the same of
+    one that draws inside a kernel. computes: what strategies have changed of what this rank computes, set when they have. stages: set by
+    a strategy that has cut the model into stages.
     """
 
     collectives: Collectives
@@ -241,6 +248,7 @@ class ApplyContext:
     names: dict[int, str]
     slots: ParameterSlots
     units: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
     replayed: list[Replayable] = field(default_factory=list)
     hooks: StepHooks = field(default_factory=StepHooks)
     tensors: TensorRegistry = field(default_factory=TensorRegistry)
@@ -248,6 +256,7 @@ class ApplyContext:
     cross_entropy: CrossEntropy | None = None
     dropout: KeyedDropoutState | None = None
     computes: RankCompute | None = None
+    stages: Stages | None = None
 
     def parameter_state(self) -> ParameterState:
         assert self.parameters is not None, "phase shard_state has not been applied yet"

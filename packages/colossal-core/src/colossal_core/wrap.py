@@ -18,8 +18,8 @@ from colossal_core.modules import ParameterSlots, cast_buffers, settle_buffers
 from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import Plan, check_fingerprints
 from colossal_core.precision import LossScale, precision_of
-from colossal_core.rank_compute import COMPUTE_PHASES, AsItIs, hook_ids
-from colossal_core.runner import PlainRunner
+from colossal_core.rank_compute import COMPUTE_PHASES, AsItIs, absent_parameters, hook_ids
+from colossal_core.runner import ProgramRunner
 from colossal_core.schedule import SavedScheduler, own_schedule_problems, rates_from_config
 from colossal_core.step import StepEngine
 from colossal_core.strategy import ApplyContext, Phase, Strategy
@@ -83,11 +83,13 @@ def wrap(
             if strategy.phase is phase:
                 strategy.apply(model, plan, context)
         if phase is COMPUTE_PHASES[-1]:
-            context.computes = AsItIs(hook_ids(model) - own_hooks, context.cross_entropy)
+            absent = absent_parameters(plan, context.coordinate)
+            context.computes = AsItIs(hook_ids(model) - own_hooks, context.cross_entropy, absent)
         if phase is Phase.SHARD_STATE and context.parameters is None:
             context.parameters = LocalState(
                 context.slots, plan.layouts, context.precision, context.device, plan.mesh, context.coordinate
             )
+    _place_absent(plan, context)
     _materialise(model, context, real, parts.values)
     install_gathering(model, plan, anatomy, context.parameter_state())
     optimizer = build_optimizer(parts.optimizer, plan.config, specs, context)
@@ -99,7 +101,7 @@ def wrap(
     if parts.optimizer is None:
         set_rates = rates_from_config(optimizer, plan.config.scheduler, plan.config.train.num_steps)
     loss_scale = LossScale(context.device) if context.precision.scaled else None
-    runner = PlainRunner(model, plan, context, loss_owner, random, loss_scale)
+    runner = ProgramRunner(model, plan, context, loss_owner, random, loss_scale)
     engine = StepEngine(model, plan, context, optimizer, loss_owner, runner, loss_scale, set_rates)
     trained = Trained(engine, strategies, parts.exporter)
     if isinstance(optimizer, ForeignOptimizer):
@@ -130,7 +132,18 @@ def _context(
         names=names,
         slots=ParameterSlots(model, [fact.names for fact in anatomy.parameters]),
         units=plan.units_by_use,
+        blocks=plan.block_names,
     )
+
+
+def _place_absent(plan: Plan, context: ApplyContext) -> None:
+    """Parameters of other stages of a pipeline: zeros of the full shape that take no memory, for what reads them only to throw it away."""
+    for name, layout in plan.layouts.items():
+        if not layout.compute.is_present(context.coordinate):
+            zero = torch.zeros((), dtype=context.slots.dtype(name), device=context.device)
+            if zero.is_floating_point():
+                zero = zero.to(context.precision.compute)
+            context.slots.place(name, zero.expand(layout.shape)).requires_grad_(False)
 
 
 def _materialise(model: nn.Module, context: ApplyContext, real: dict[str, torch.Tensor], values: Values | None) -> None:
@@ -139,10 +152,10 @@ def _materialise(model: nn.Module, context: ApplyContext, real: dict[str, torch.
     Ranks may have drawn different numbers for a real model (nobody seeds for one GPU): the first rank's are everybody's.
     """
     state = context.parameter_state()
-    missing = {name for name, value in real.items() if value.is_meta}
+    missing = {name for name, value in real.items() if value.is_meta and name in state.shards}
     for name in list(real):
         value = real.pop(name)
-        if name not in missing:
+        if not value.is_meta:
             state.fill(name, _of_first_rank(value, context))
     for name, value in values if values is not None else ():
         if name in missing:

@@ -60,7 +60,7 @@ def test_states_by_the_config() -> None:
     assert ADAMW.state_bytes(OptimizerConfig(states="int8"), 4) == 2 + 2 * 4 / 256
 
 
-def test_actions_without_a_runner_are_a_plan_error() -> None:
+def test_a_program_that_cannot_run_is_a_plan_error() -> None:
     from colossal_core.anatomy import ModelAnatomy
     from colossal_core.mesh import MeshLayout
     from colossal_core.plan import BatchPlan
@@ -69,7 +69,16 @@ def test_actions_without_a_runner_are_a_plan_error() -> None:
     draft = PlanDraft(CONFIG, MeshLayout(), BatchPlan(2, 2, 2, 1), layouts, plain_program(1))
     assert list(program_problems(draft)) == []
     split = draft.with_program(Program(1, ((Action("forward"), Action("backward_input"), Action("backward_weight")),)))
-    assert [str(problem) for problem in program_problems(split)] == [
-        "program: has actions of kind backward_input, backward_weight, which no installed runner carries out: use a program of "
-        "forward, backward and reduce actions"
+    assert list(program_problems(split)) == []
+    compiled = split.with_decisions("compile", {"layers.0": "block"})
+    assert [str(problem) for problem in program_problems(compiled)] == [
+        "program: cuts backward passes in two, and a compiled block is one node of the graph, which cannot be cut: leave compile out, or "
+        "use a schedule with whole backward passes"
+    ]
+    wrong = Program(2, (plain_program(2).actions[0], (Action("forward", block="layers.0"),)))
+    assert [str(problem) for problem in program_problems(draft.with_program(wrong))] == [
+        "program: has actions for 2 pipeline ranks, and there are 1: this is a mistake in a strategy's plan: report it",
+        "program: is for 2 microbatches, and a step has 1: this is a mistake in a strategy's plan: report it",
+        "program: has actions on single blocks (F0/layers.0), which the runner does not carry out: this is a mistake in a strategy's plan: "
+        "report it",
     ]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colossal_core.blocks import SPLIT, WHOLE, EagerBlockRunner, missing_parts
-from colossal_core.program import Action, Program, plain_program
+from colossal_core.blocks import EagerBlockRunner
+from colossal_core.program import SPLIT, WHOLE, Action, Program, missing_parts, plain_program
 from colossal_core.recompute import Recomputation, install
 
 
