@@ -77,6 +77,9 @@ class CommunicationError(ColossalError):
 
 def raise_problems(problems: Iterable[Problem], kind: type[ConfigError] = ConfigError) -> None:
     """Raises `kind` with all problems, in order and without repetition, when there is one."""
-    found = tuple(dict.fromkeys(problems))
+    found: list[Problem] = []
+    for problem in problems:  # a value may be a list, which has no hash
+        if problem not in found:
+            found.append(problem)
     if found:
         raise kind(found)

@@ -12,18 +12,20 @@ from colossal_core.optimizer_state import StateTensor
 from colossal_core.tensor_lists import clipped
 
 if TYPE_CHECKING:
+    from colossal_core.collectives import Collectives
     from colossal_core.shards import Shard
 
 
 class ForeignOptimizer:
-    """A torch optimizer over this rank's masters. shards: by id() of each master.
+    """A torch optimizer over this rank's masters, of which a pipeline stage may have none. shards: by id() of each master.
 
     It reads gradients as torch's optimizers do, from the masters' `.grad`, and finds clipped copies there, so that `trained.gradients()`
     still reads the raw ones. A step that must be skipped is skipped on the host, which waits for the device.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, Shard]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, shards: Mapping[int, Shard], collectives: Collectives) -> None:
         self.optimizer = optimizer
+        self._collectives = collectives
         self._shards = shards
         self._names = {key: shard.layout.full_name for key, shard in shards.items()}
 
@@ -76,8 +78,27 @@ class ForeignOptimizer:
         """What is saved beside tensors, as JSON. groups: numbers, texts and lists of them of each group; whatever else a group holds is
         the user's to set again. numbers: by full name, what the state holds beside tensors (a step counter).
 
+        In a pipeline every rank calls it and gets the numbers of all parameters, and, under `stage_groups`, the groups of each stage's rank
+        where they are not the same. Communication: one gather of bytes over all ranks, of this JSON.
+
         Raises: CheckpointError for a state that is neither.
         """
+        if self._collectives.mesh.size("pp") == 1:
+            return self._own_state()
+        from colossal_core.checkpoint.agreement import all_or_none
+
+        def own() -> tuple[None, dict[str, Any]]:
+            return None, self._own_state()
+
+        _, found = all_or_none(self._collectives, "the optimizer's state was not saved", own)
+        numbers = {name: kept for state in found for name, kept in state["numbers"].items()}
+        saved: dict[str, Any] = {"groups": found[0]["groups"], "numbers": numbers}
+        if any(state["groups"] != saved["groups"] for state in found):
+            every = len(found) // self._collectives.mesh.size("pp")
+            saved["stage_groups"] = [state["groups"] for state in found[::every]]
+        return saved
+
+    def _own_state(self) -> dict[str, Any]:
         groups = [
             {key: kept for key, value in group.items() if (kept := _plain(value)) is not None}
             for group in self.param_groups
@@ -99,8 +120,8 @@ class ForeignOptimizer:
         return {key: _plain(value) for key, value in found.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises CheckpointError for another number of groups."""
-        saved = state_dict["groups"]
+        """Raises CheckpointError for another number of groups, or of stages where each had groups of its own."""
+        saved = self._saved_groups(state_dict)
         if len(saved) != len(self.param_groups):
             message = (
                 f"checkpoint: the optimizer has {len(self.param_groups)} groups, the saved one had {len(saved)}: "
@@ -117,6 +138,21 @@ class ForeignOptimizer:
             numbers = state_dict["numbers"].get(self._names[id(master)], {})
             if numbers:
                 self.optimizer.state[master].update(numbers)
+
+    def _saved_groups(self, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+        mesh = self._collectives.mesh
+        by_stage = state_dict.get("stage_groups")
+        if by_stage is None:
+            groups: list[dict[str, Any]] = state_dict["groups"]
+            return groups
+        if len(by_stage) != mesh.size("pp"):
+            message = (
+                f"checkpoint: the optimizer's groups were not the same on the {len(by_stage)} ranks of the pipeline that saved "
+                "it: load it with as many, or make groups that do not depend on which parameters there are"
+            )
+            raise CheckpointError(message)
+        of_stage: list[dict[str, Any]] = by_stage[mesh.coordinate(self._collectives.rank)["pp"]]
+        return of_stage
 
     def _masters(self) -> list[torch.nn.Parameter]:
         return [master for group in self.param_groups for master in group["params"]]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def sum_on_shards(state: ParameterState, collectives: Collectives) -> None:
     """Sums every gradient over the axes on which its state placement is still partial.
 
-    Communication: one coalesced all-reduce for each set of axes, of the bytes of the shards' gradients.
+    Communication: one coalesced all-reduce for each set of axes, of the bytes of the shards' gradients. Pipeline stages hold different
+    parameters: groups that overlap are asked in one order everywhere, that of the names of their axes.
     """
     by_axes: defaultdict[tuple[str, ...], list[torch.Tensor]] = defaultdict(list)
     for shard in _trained(state):
@@ -30,7 +31,7 @@ def sum_on_shards(state: ParameterState, collectives: Collectives) -> None:
             by_axes[shard.layout.state.partial].append(shard.gradient)
     handles = [
         collectives.start_all_reduce_coalesced(gradients, axes, use="reduce", tag="gradient shards")
-        for axes, gradients in by_axes.items()
+        for axes, gradients in sorted(by_axes.items(), key=lambda item: item[0])
     ]
     for handle in handles:
         handle.wait()

@@ -4,7 +4,7 @@ copies. On one process it is the oracle that every other state is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,8 @@ class LocalState:
 
     Gradients accumulate over microbatches in the gradient dtype: by autograd where that is the compute dtype, else by a hook. Their memory
     is there from the first of a step's to the begin of the next step. Tensors have this rank's shape in the compute placement (which the
-    state placement must agree with but for what is partial): `coordinate` on `mesh`. Elements that only pad a dimension are 0.
+    state placement must agree with but for what is partial): `coordinate` on `mesh`. Elements that only pad a dimension are 0. Parameters
+    that are not present there are left out, and whatever the module holds in their place is left alone.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class LocalState:
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._precision = precision
         for name, layout in layouts.items():
+            if not layout.compute.is_present(coordinate):
+                continue
             assert layout.state.cuts == layout.compute.cuts and layout.state.flat is None, f"{name} is sharded"
             shape = layout.compute.local_shape(coordinate, mesh)
             self._pieces[name] = layout.compute.pieces(coordinate, mesh)
@@ -69,6 +72,8 @@ class LocalState:
         return self._shards
 
     def fill(self, full_name: str, full: torch.Tensor) -> None:
+        if full_name not in self._shards:
+            return
         shard, pieces = self._shards[full_name], self._pieces[full_name]
         with torch.no_grad():
             take_local(shard.master, full, pieces)
@@ -79,8 +84,8 @@ class LocalState:
         for shard in self._shards.values():
             shard.gradient = shard.parameter.grad = shard.master.grad = None
 
-    def begin_backward(self, *, last: bool) -> None:
-        del last
+    def begin_backward(self, *, last: bool, units: Collection[str] | None = None) -> None:
+        del last, units
 
     def prefetch(self, unit: str) -> None:
         del unit

@@ -63,11 +63,12 @@ class Moments:
         self._kind = kind
         self._num_steps = 0
         self._stores: list[list[_Store]] = []
-        self._draws = False
+        # Of the whole run: what a checkpoint holds must not depend on whether this rank has anything to train.
+        self._draws = context.master_dtype is not None and _is_narrow(context.master_dtype, config)
         for group in groups:
             masters: list[nn.Parameter] = group["params"]
-            narrow = [master for master in masters if _is_narrow(master, config)]
-            wide = [master for master in masters if not _is_narrow(master, config)]
+            narrow = [master for master in masters if _is_narrow(master.dtype, config)]
+            wide = [master for master in masters if not _is_narrow(master.dtype, config)]
             stores: list[_Store] = [_WideStore(kind, moments, wide, context)] if wide else []
             for together in _sets_that_lie_alike(narrow, context):
                 stores.append(_NarrowStore(kind, moments, together, config.states, context))
@@ -98,8 +99,9 @@ class Moments:
                 yield from store.tensors()
 
 
-def _is_narrow(master: torch.Tensor, config: OptimizerConfig) -> bool:
-    return master.dtype != torch.float64 and (config.states != "fp32" or master.dtype != torch.float32)
+def _is_narrow(dtype: torch.dtype, config: OptimizerConfig) -> bool:
+    """dtype: of masters."""
+    return dtype != torch.float64 and (config.states != "fp32" or dtype != torch.float32)
 
 
 def _sets_that_lie_alike(masters: Sequence[nn.Parameter], context: OptimizerContext) -> Iterable[list[nn.Parameter]]:

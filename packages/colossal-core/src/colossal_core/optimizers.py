@@ -52,7 +52,8 @@ class OptimizerContext:
 
     ops: the plan's kernels. collectives: the other ranks, on the plan's mesh. shards: by id() of the master, trained ones only. coordinate:
     this rank's along every axis. device: where its numbers live. seed: the run's. updated: may be called, part by part, with masters
-    that the running step is done with: what the next forward pass needs of them is then sent while the others are updated.
+    that the running step is done with: what the next forward pass needs of them is then sent while the others are updated. master_dtype: of
+    every master, also where this rank (a pipeline stage) has none; None where nobody has said. blocks: names of the model's blocks.
     """
 
     ops: OpTable
@@ -62,6 +63,8 @@ class OptimizerContext:
     device: torch.device
     seed: int
     updated: Callable[[Sequence[torch.nn.Parameter]], None] = _nobody_waits
+    master_dtype: torch.dtype | None = None
+    blocks: frozenset[str] = frozenset()
 
     def shard(self, master: torch.Tensor) -> Shard:
         return self.shards[id(master)]
@@ -76,9 +79,10 @@ class OptimizerSpec:
     """How a plugin announces an optimizer. state_elements: optimizer-state elements kept for each parameter element.
 
     factory: (parameter groups of masters, config, context) -> optimizer. A group is a dict with `params`, `decayed` (whether `no_decay`
-    leaves it in) and, where it is not decayed, `weight_decay` 0. keys: the keys of the `optimizer` section that it reads; writing another
-    one is an error. on_shards: `elementwise`, every element is updated by itself; `aware`, it reads layouts and asks other ranks for
-    what it needs of a whole parameter; `whole`, it needs whole parameters, and is refused where masters are sharded.
+    leaves it in) and, where it is not decayed, `weight_decay` 0; on a pipeline stage that has nothing to train there are no groups. keys:
+    the keys of the `optimizer` section that it reads; writing another one is an error. on_shards: `elementwise`, every element is updated
+    by itself; `aware`, it reads layouts and asks other ranks for what it needs of a whole parameter; `whole`, it needs whole parameters,
+    and is refused where masters are sharded.
     """
 
     name: str
@@ -152,9 +156,23 @@ def build_optimizer(
         _repoint(given, state, context.names)
         made = given
     else:
-        made = given([shard.master for shard in shards])
+        made = _made(given, [shard.master for shard in shards], context)
     _refuse_unfit(made, config, shards)
-    return ForeignOptimizer(made, {id(shard.master): shard for shard in shards})
+    return ForeignOptimizer(made, {id(shard.master): shard for shard in shards}, context.collectives)
+
+
+def _made(factory: OptimizerFactory, masters: list[torch.nn.Parameter], context: ApplyContext) -> torch.optim.Optimizer:
+    """torch's optimizers refuse an empty list: where this rank has nothing to train, one is made of a vector that it then loses, so that
+    its groups and their settings are there.
+    """
+    if masters:
+        return factory(masters)
+    stand_in = torch.nn.Parameter(torch.zeros(1, dtype=context.precision.master, device=context.device))
+    made = factory([stand_in])
+    for group in made.param_groups:
+        group["params"] = []
+    made.state.clear()
+    return made
 
 
 def _from_config(
@@ -183,6 +201,8 @@ def _from_config(
         device=context.device,
         seed=context.seed,
         updated=context.parameter_state().updated,
+        master_dtype=context.precision.master,
+        blocks=frozenset(context.blocks),
     )
     return spec.factory(groups, section, seen)
 
@@ -204,7 +224,7 @@ def optimizer_problems(config: TrainConfig, specs: Mapping[str, OptimizerSpec]) 
 
 
 def _repoint(optimizer: torch.optim.Optimizer, state: ParameterState, names: Mapping[int, str]) -> None:
-    """Replaces the user's parameters in every group by the masters of this rank; frozen ones are left out."""
+    """Replaces the user's parameters in every group by the masters of this rank; frozen ones, and those of other ranks, are left out."""
     if optimizer.state:
         raise ConfigError(
             [
@@ -221,8 +241,8 @@ def _repoint(optimizer: torch.optim.Optimizer, state: ParameterState, names: Map
             if id(parameter) not in names:
                 reason = f"holds a parameter of shape {tuple(parameter.shape)} that is not one of the model's"
                 raise ConfigError([Problem("optimizer", reason, "build it on model.parameters()")])
-            shard = state.shards[names[id(parameter)]]
-            if shard.layout.trainable:
+            shard = state.shards.get(names[id(parameter)])
+            if shard is not None and shard.layout.trainable:
                 masters.append(shard.master)
         group["params"] = masters
 

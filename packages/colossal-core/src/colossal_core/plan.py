@@ -58,7 +58,8 @@ class PlanDraft:
 
     layouts: by full name, in the order of `named_parameters()`. block_names: the model's blocks, in
     order of execution. decisions: kind (`recompute`) -> block -> value. program: the actions of
-    every pp rank. gathering: when parameters are whole. input_cuts: how batch keys are split over axes. data: what a strategy needs
+    every pp rank. stage_units: units (as in `Plan.units`) by pipeline stage, a unit on every stage that reads one of its parameters; ()
+    without a pipeline. gathering: when parameters are whole. input_cuts: how batch keys are split over axes. data: what a strategy needs
     again in `apply` (JSON values under its own name). notes: automatic choices, for the reader. ops: provider of each op.
     touched: (phase, strategy, full names) for each strategy that changed a layout, kept by `make_plan`.
     """
@@ -76,6 +77,7 @@ class PlanDraft:
     notes: tuple[str, ...] = ()
     applied: tuple[tuple[str, str], ...] = ()
     ops: Mapping[str, str] = field(default_factory=dict)
+    stage_units: tuple[tuple[str, ...], ...] = ()
 
     def with_layouts(self, changed: Mapping[str, ParameterLayout]) -> PlanDraft:
         assert set(changed) <= set(self.layouts), sorted(set(changed) - set(self.layouts))
@@ -95,6 +97,11 @@ class PlanDraft:
 
     def with_program(self, program: Program) -> PlanDraft:
         return replace(self, program=program)
+
+    def with_stage_units(self, stage_units: tuple[tuple[str, ...], ...]) -> PlanDraft:
+        """The program, which is set before, says which rank holds which stage."""
+        assert len(stage_units) == self.program.num_stages, f"{len(stage_units)} stages for {self.program.stage_ranks}"
+        return replace(self, stage_units=stage_units)
 
     def with_gathering(self, gathering: Gathering) -> PlanDraft:
         return replace(self, gathering=gathering)
@@ -118,6 +125,7 @@ class Plan(PlanDraft):
             "layouts": [asdict(layout) for layout in self.layouts.values()],
             "inputs": [asdict(cut) for cut in self.input_cuts],
             "program": [[str(action) for action in actions] for actions in self.program.actions],
+            "stages": [self.program.stage_ranks, self.stage_units],
             "decisions": self.decisions,
             "gathering": asdict(self.gathering),
             "data": self.data,
@@ -159,9 +167,18 @@ class Plan(PlanDraft):
         for kind, decisions in self.decisions.items():
             counts = {value: list(decisions.values()).count(value) for value in dict.fromkeys(decisions.values())}
             lines.append(f"{kind:<11} " + ", ".join(f"{value}: {count} blocks" for value, count in counts.items()))
+        if self.stage_units:
+            lines.append(f"pipeline    {'; '.join(self._stage_texts())}")
         lines += [f"layout      {line}" for line in self._layout_lines()]
         lines += [f"note        {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _stage_texts(self) -> Iterable[str]:
+        for stage, (rank, units) in enumerate(zip(self.program.stage_ranks, self.stage_units, strict=True)):
+            here = dict.fromkeys(self.mesh.axis_names, 0) | {"pp": rank}
+            held = (layout for layout in self.layouts.values() if layout.block in units)
+            elements = sum(layout.numel for layout in held if layout.compute.is_present(here))
+            yield f"stage {stage} on rank {rank}: {len(units)} units, {elements:,} elements"
 
     def _layout_lines(self) -> Iterable[str]:
         kinds: dict[str, tuple[int, int]] = {}
@@ -181,7 +198,10 @@ def _placement_text(placement: Placement) -> str:
     cuts = [f"dim {cut.dim} over {' x '.join(cut.axes)}" for cut in placement.cuts]
     if placement.flat is not None:
         cuts.append(f"flat over {' x '.join(placement.flat.axes)}")
-    return " and ".join(cuts) or "whole"
+    text = " and ".join(cuts) or "whole"
+    for axis, held in placement.present:
+        text += f" on {axis} {', '.join(str(index) for index in held)}"
+    return text
 
 
 def make_plan(

@@ -6,7 +6,7 @@ step, the optimizer, the checkpoint and the norm see only this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,22 +35,31 @@ class Shard:
 class ParameterState(Protocol):
     """All shards of this rank, and the movements between `state` and `compute`.
 
-    `gather`, `release` and `reduce` are asked for by hooks in a plain run (`gathering.py`) and by the program's actions in a pipeline. A
-    state that keeps its compute copy for the whole step answers `gather` by waiting for the last `publish` and `release` by nothing.
+    `gather`, `release` and `reduce` are asked for by hooks (`gathering.py`). A state that keeps its compute copy for the whole step
+    answers `gather` by waiting for the last `publish` and `release` by nothing. Units that this rank does not hold may be named in every
+    call, and are ignored.
     """
 
     @property
     def shards(self) -> Mapping[str, Shard]:
-        """By full name, frozen parameters included, in the order of `named_parameters()`."""
+        """By full name, frozen parameters included, in the order of `named_parameters()`: of the parameters that this rank holds, which are
+        those whose layout is present at its coordinate. A pipeline stage may hold none that is trained.
+        """
 
     def fill(self, full_name: str, full: torch.Tensor) -> None:
-        """Sets master and compute copy from the full value (any floating dtype, any device). No communication."""
+        """Sets master and compute copy from the full value (any floating dtype, any device). No communication. Nothing where this rank does
+        not hold the parameter.
+        """
 
     def begin_step(self) -> None:
         """Clears the gradients of the last step."""
 
-    def begin_backward(self, *, last: bool) -> None:
-        """Before the backward pass of a microbatch; `last` where it completes the step's gradients on this rank."""
+    def begin_backward(self, *, last: bool, units: Collection[str] | None = None) -> None:
+        """Before the backward pass of a microbatch, or that of one stage; one is open at a time.
+
+        units: whose gradients it brings; None: of all. last: it completes the step's gradients of those units, where several stages of
+        this rank use a unit: as far as this stage is concerned.
+        """
 
     def prefetch(self, unit: str) -> None:
         """Starts what `gather` of the unit will wait for, beside the computation that follows."""
@@ -65,10 +74,10 @@ class ParameterState(Protocol):
         """The unit's gradients of this microbatch are there: starts their reduction over each layout's `reduce_axes`."""
 
     def end_backward(self) -> None:
-        """After the backward pass of a microbatch: whatever of it is still open is accumulated, reduced and released."""
+        """After the backward pass: whatever of the units that its begin has opened is still open is accumulated, reduced and released."""
 
     def finish_reduce(self) -> None:
-        """After the last backward pass: waits for every reduction; `gradient` is set everywhere, of unused parameters too."""
+        """Once a step, after the last backward pass: waits for every reduction; `gradient` is set everywhere, of unused parameters too."""
 
     def updated(self, masters: Sequence[nn.Parameter]) -> None:
         """Inside the optimizer's step: these masters have their new values. May start carrying them into the compute copies."""

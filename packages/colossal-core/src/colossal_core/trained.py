@@ -11,9 +11,9 @@ import torch
 from colossal_core.assemble import gather_full
 from colossal_core.errors import CheckpointError, ColossalError
 from colossal_core.foreign_optimizer import ForeignOptimizer
-from colossal_core.layout import Placement
 from colossal_core.memory_report import memory_told, step_report
 from colossal_core.mesh import WORLD
+from colossal_core.registered import buffers_of, full_tensors, registered_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,10 +116,15 @@ class Trained:
     def gradients(self) -> dict[str, torch.Tensor]:
         """The full gradient of the last step by full name: summed over all ranks, unscaled, unclipped. Trainable parameters only."""
         found = {}
-        for name, shard in self._engine.state.shards.items():
-            if shard.layout.trainable:
-                local = shard.gradient if shard.gradient is not None else torch.zeros_like(shard.master)
-                found[name] = gather_full(local, shard.layout.state, self._engine.context.collectives)
+        context = self._engine.context
+        for name, layout in self.plan.layouts.items():
+            if layout.trainable:
+                shard = self._engine.state.shards.get(name)
+                local = None if shard is None else shard.gradient
+                if local is None:
+                    shape = (0,) if shard is None else tuple(shard.master.shape)
+                    local = torch.zeros(shape, dtype=context.precision.gradient, device=context.device)
+                found[name] = gather_full(local, layout.state, context.collectives)
         return found
 
     def gradient_statistics(self) -> Mapping[str, GradientStatistics]:
@@ -137,24 +142,28 @@ class Trained:
 
     def full_parameter(self, name: str) -> torch.Tensor:
         """One whole parameter, in the master dtype. Aliases of a tied parameter are known too."""
-        shards = self._engine.state.shards
-        full_name = next((full for full, shard in shards.items() if name == full or name in shard.layout.aliases), None)
-        if full_name is None:
-            message = f"no parameter {name!r}; the model has {', '.join(list(shards)[:4])}, ..."
+        layouts, context = self.plan.layouts, self._engine.context
+        layout = next((one for full, one in layouts.items() if name == full or name in one.aliases), None)
+        if layout is None:
+            message = f"no parameter {name!r}; the model has {', '.join(list(layouts)[:4])}, ..."
             raise KeyError(message)
-        shard = shards[full_name]
-        return gather_full(shard.master.detach(), shard.layout.state, self._engine.context.collectives)
+        shard = self._engine.state.shards.get(layout.full_name)
+        if shard is not None:
+            return gather_full(shard.master.detach(), layout.state, context.collectives)
+        dtype = context.precision.master if layout.trainable else context.slots.dtype(layout.full_name)
+        if not layout.trainable and dtype.is_floating_point:
+            dtype = context.precision.compute
+        return gather_full(torch.empty(0, dtype=dtype, device=context.device), layout.state, context.collectives)
 
     def full_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, full name, whole tensor) of everything registered beside the parameters: optimizer states, what plugins keep."""
-        context = self._engine.context
-        for tensor in self._tensors():
-            if tensor.kind not in ("parameter", "buffer"):
-                yield (
-                    tensor.kind,
-                    tensor.full_name,
-                    gather_full(tensor.local.to(context.device), tensor.placement, context.collectives),
-                )
+        kept = (tensor for tensor in self._tensors() if tensor.kind not in ("parameter", "buffer"))
+        return full_tensors(kept, self.collectives)
+
+    def full_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(full name, tensor) of every persistent buffer, as it is where its module runs."""
+        for _, name, tensor in full_tensors(buffers_of(self._engine), self.collectives):
+            yield name, tensor
 
     def save(self, directory: str | Path) -> Path:
         """Writes a checkpoint of this step under `directory`; each rank writes what it owns. Returns its folder."""
@@ -222,35 +231,9 @@ class Trained:
         return loss_difference(self._engine, batch)
 
     def _tensors(self, optimizer_states: Sequence[StateTensor] | None = None) -> list[RegisteredTensor]:
-        """Everything that a checkpoint holds: masters, persistent buffers, optimizer states (as given), and what strategies registered."""
-        from colossal_core.strategy import RegisteredTensor
-
-        engine = self._engine
-        found = [
-            RegisteredTensor("parameter", name, shard.master.detach(), shard.layout.state)
-            for name, shard in engine.state.shards.items()
-        ]
-        whole = next(iter(engine.state.shards.values())).layout.state
-        for name, buffer in engine.model.state_dict(keep_vars=True).items():
-            if not isinstance(buffer, torch.nn.Parameter) and isinstance(buffer, torch.Tensor):
-                found.append(RegisteredTensor("buffer", name, buffer, whole.as_replicated(tuple(buffer.shape))))
-        by_master = {id(shard.master): shard for shard in engine.state.shards.values()}
-        for state in engine.optimizer.state_tensors() if optimizer_states is None else optimizer_states:
-            shard = by_master[id(state.master)] if state.master is not None else None
-            same = shard is not None and state.tensor.shape == shard.master.shape and state.tensor.dim() > 0
-            placement: Placement = (
-                shard.layout.state if same and shard else whole.as_replicated(tuple(state.tensor.shape))
-            )
-            name = shard.layout.full_name if shard else "optimizer"
-            found.append(RegisteredTensor(state.kind, name, state.tensor, state.placement or placement))
-        found.append(RegisteredTensor("step.skipped_steps", "step", engine.skipped_steps, whole.as_replicated(())))
-        if engine.loss_scale is not None:
-            for kind, tensor in (
-                ("loss_scale.scale", engine.loss_scale.scale),
-                ("loss_scale.good_steps", engine.loss_scale.good_steps),
-            ):
-                found.append(RegisteredTensor(kind, "step", tensor, whole.as_replicated(())))
-        return found + list(engine.context.tensors)
+        """Everything that a checkpoint holds. optimizer_states: as they are now where none are given."""
+        states = self._engine.optimizer.state_tensors() if optimizer_states is None else optimizer_states
+        return registered_tensors(self._engine, states)
 
     def _metadata(self) -> dict[str, Any]:
         """What is saved beside tensors, the same on every rank."""

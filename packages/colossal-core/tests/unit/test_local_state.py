@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 from torch import nn
 
+from colossal_core.collectives import Axes, Handle, SingleProcess
 from colossal_core.config import parse_config
+from colossal_core.gradients import sum_on_shards
 from colossal_core.layout import DimCut, ParameterLayout, Placement, fill_full
 from colossal_core.local_state import LocalState
 from colossal_core.mesh import MeshLayout
@@ -60,6 +65,68 @@ def test_each_rank_keeps_and_trains_its_part() -> None:
         assert torch.equal(gradients["0.weight"], torch.full((4, 3), 2.0))
         assert torch.equal(gradients["1.weight"], torch.zeros(2, 2))
     assert all(torch.equal(found[name], full[name]) for name in full)
+
+
+def test_what_other_pipeline_stages_hold_is_left_out() -> None:
+    """Ranks 0 and 1 are two stages; both hold the second bias."""
+    mesh = MeshLayout((2, 1, 1, 1, 1))
+    held = {"0.weight": (0,), "0.bias": (0,), "1.weight": (1,), "1.bias": (0, 1)}
+    shapes = {"0.weight": (8, 3), "0.bias": (8,), "1.weight": (2, 3), "1.bias": (2,)}
+    found = {}
+    for name, stages in held.items():
+        placement = Placement(shapes[name], present=(("pp", stages),))
+        found[name] = ParameterLayout(name, shapes[name], placement, placement, block=name[0])
+    for rank, names in enumerate((["0.weight", "0.bias", "1.bias"], ["1.weight", "1.bias"])):
+        model = nn.Sequential(nn.Linear(3, 8), nn.Linear(3, 2))
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        slots = ParameterSlots(model, [[name] for name in held])
+        state = LocalState(slots, found, precision("fp32"), torch.device("cpu"), mesh, mesh.coordinate(rank))
+        assert list(state.shards) == names
+        for name in held:
+            state.fill(name, torch.full(shapes[name], 5.0))
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, torch.full(shapes[name], 5.0) if name in names else before[name])
+        state.begin_step()
+        state.begin_backward(last=True, units=(str(rank),))
+        parameters = [state.shards[name].parameter for name in names if name.startswith(str(rank))]
+        torch.autograd.backward(parameters, [torch.ones_like(parameter) for parameter in parameters])
+        state.end_backward()
+        state.finish_reduce()
+        for name, shard in state.shards.items():
+            assert shard.gradient is not None
+            assert torch.equal(shard.gradient, torch.full(shapes[name], float(name.startswith(str(rank)))))
+
+
+class Recorded(SingleProcess):
+    """Remembers over which axes sums were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.asked: list[Axes] = []
+
+    def start_all_reduce_coalesced(
+        self, tensors: Sequence[torch.Tensor], axes: Axes, *, use: str = "reduce", tag: str = ""
+    ) -> Handle:
+        self.asked.append(axes)
+        return super().start_all_reduce_coalesced(tensors, axes, use=use, tag=tag)
+
+
+@pytest.mark.parametrize("first", ["table", "weight"])
+def test_sums_over_different_axes_are_asked_for_in_one_order_on_every_stage(first: str) -> None:
+    """A stage may hold its own parameters before or after those that it shares."""
+    axes = {"table": ("shared:table", "dp_replicate"), "weight": ("dp_replicate",)}
+    model = nn.Module()
+    found = {}
+    for name in sorted(axes, key=lambda name: name != first):
+        model.register_parameter(name, nn.Parameter(torch.ones(2)))
+        placement = Placement((2,), partial=axes[name])
+        found[name] = ParameterLayout(name, (2,), placement, placement)
+    slots, collectives = ParameterSlots(model, [[name] for name in found]), Recorded()
+    mesh = MeshLayout()
+    state = LocalState(slots, found, precision("fp32"), torch.device("cpu"), mesh, mesh.coordinate(0))
+    state.finish_reduce()
+    sum_on_shards(state, collectives)
+    assert collectives.asked == [("dp_replicate",), ("shared:table", "dp_replicate")]
 
 
 def test_masters_have_the_shape_of_the_part() -> None:

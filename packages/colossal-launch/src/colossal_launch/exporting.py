@@ -25,7 +25,8 @@ class HuggingFaceExporter:
         self._tokenizer_file = tokenizer_file
 
     def __call__(self, trained: Trained, directory: Path, dtype: torch.dtype | None) -> None:
-        """Collective: every rank calls it. Communication: an all-gather of each parameter. Raises ColossalError without a config."""
+        """Collective: every rank calls it. Communication: an all-gather of each parameter and, in a pipeline,
+        of each buffer. Raises ColossalError without a config."""
         from colossal_core.mesh import WORLD
         from colossal_launch.models.export import write_hf_folder
 
@@ -49,13 +50,11 @@ class HuggingFaceExporter:
 
     @staticmethod
     def _values(trained: Trained) -> Iterator[tuple[str, torch.Tensor]]:
-        import torch
-
+        """Every parameter and persistent buffer, from whichever ranks hold it. All ranks take part, and get all of them."""
         for name in trained.plan.layouts:
             yield name, trained.full_parameter(name).cpu()
-        for name, value in trained.module.state_dict(keep_vars=True).items():
-            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-                yield name, value.cpu()
+        for name, buffer in trained.full_buffers():
+            yield name, buffer.cpu()
 
 
 def _master_dtype(trained: Trained) -> torch.dtype:

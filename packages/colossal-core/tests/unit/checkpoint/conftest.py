@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -76,7 +76,15 @@ class Item:
 
 
 def _placement(shape: tuple[int, ...], cut: str, mesh: MeshLayout) -> Placement:
-    """whole; flat over shard; dim 0 (`row`) or the last (`column`) over tp, uneven and padded; `packed`: two halves of dim 0 over tp."""
+    """whole; flat over shard; dim 0 (`row`) or the last (`column`) over tp, uneven and padded; `packed`: two halves of dim 0 over tp;
+    `stage`: on the last pipeline stage only, flat over shard; `shared`: on the first and the last one.
+    """
+    if cut in ("stage", "shared"):
+        last = mesh.size("pp") - 1
+        held = (last,) if cut == "stage" else tuple(sorted({0, last}))
+        everywhere = _placement(shape, "flat" if cut == "stage" else "whole", mesh)
+        left = tuple(axis for axis in everywhere.replicated if axis != "pp")
+        return replace(everywhere, replicated=left, present=(("pp", held),))
     others = {
         "whole": BASE_AXES,
         "flat": ("pp", "dp_replicate", "tp"),
@@ -140,7 +148,7 @@ def items() -> list[Item]:
     """Every way of cutting in every dtype, and tensors without dimensions or without elements."""
     torch.manual_seed(0)
     found: list[Item] = []
-    for cut, dtype in itertools.product(("whole", "flat", "row", "column", "packed"), DTYPES):
+    for cut, dtype in itertools.product(("whole", "flat", "row", "column", "packed", "stage", "shared"), DTYPES):
         full = (torch.rand(6, 3, 5) * 200).to(dtype)
         found.append(Item(f"test.{cut}", f"layers.{len(found)}.weight", full, cut))
     found += [

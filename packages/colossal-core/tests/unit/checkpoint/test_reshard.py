@@ -26,7 +26,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-@pytest.fixture(params=[(1, 1, 4, 1, 1), (1, 2, 2, 1, 2), (1, 1, 1, 1, 1)], ids=str)
+@pytest.fixture(params=[(1, 1, 4, 1, 1), (1, 2, 2, 1, 2), (3, 1, 2, 1, 1), (1, 1, 1, 1, 1)], ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path: Path, items: Any, lay: Any, run_ranks: RunRanks) -> Path:
     mesh = MeshLayout(request.param)
     paths = run_ranks(mesh, lambda ranks: save(tmp_path, 42, lay(items, ranks), METADATA, ranks, keep=2))
@@ -35,7 +35,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path, items: Any, lay: Any, 
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 4, 1, 1), (1, 1, 2, 1, 1), (1, 1, 3, 1, 1), (1, 1, 1, 1, 1), (1, 1, 2, 2, 2)], ids=str
+    "sizes",
+    [(1, 1, 4, 1, 1), (1, 1, 2, 1, 1), (1, 1, 3, 1, 1), (2, 1, 2, 1, 1), (1, 1, 1, 1, 1), (1, 1, 2, 2, 2)],
+    ids=str,
 )
 def test_every_tensor_comes_back_on_every_mesh(
     saved: Path, sizes: tuple[int, int, int, int, int], items: Any, lay: Any, run_ranks: RunRanks
