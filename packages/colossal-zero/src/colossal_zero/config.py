@@ -23,6 +23,6 @@ class ZeroConfig(Section):
     """Format in which gradients are sent and summed over `dp_shard` x `cp`; bf16 halves the traffic. null: that in which they are kept."""
     keep_parameters: Literal["use", "microbatch", "step"] | None = None
     """Stage 3: how long gathered parameters stay. `use`: through a block's forward pass, and again through its backward pass. `microbatch`:
-    from the one to the other. `step`: gathered once for all microbatches. null: `use`."""
+    from the one to the other. `step`: gathered once for all microbatches, as a pipeline needs it. null: `use`, in a pipeline `step`."""
     prefetch: Annotated[int, Field(ge=0)] | None = None
     """Stage 3: how many blocks ahead parameters are gathered. null: 1. 0: each gather is waited for where it is needed."""

@@ -68,7 +68,9 @@ class _Sizes:
         self.outside = np.minimum(model.num_outside / tensor, self.trained + self.frozen)
         self.early = np.minimum(self.outside + self.block, self.trained + self.frozen)
         self.largest = model.largest_parameter / tensor
-        self.keep = table.input("keep_parameters", KEEP[config.keep_parameters or "use"])
+        default = np.where(table.inputs["pp"] > 1, KEEP["step"], KEEP["use"])
+        asked_keep = default if config.keep_parameters is None else np.full(len(table), KEEP[config.keep_parameters])
+        self.keep = table.inputs.get("keep_parameters", asked_keep)
         self.prefetch = table.input("prefetch", 1 if config.prefetch is None else config.prefetch)
         wire = {None: profile.kept_gradient_bytes, "fp32": 4, "bf16": 2}[config.reduce_dtype]
         self.wire = table.input("reduce_element_bytes", wire)

@@ -1,8 +1,10 @@
 """The parameter state of every stage: when each flat bucket is gathered, released and reduced, and in which order.
 
-Reductions are started in one order on every rank, whichever gradients arrive first or not at all, so that ranks that used different
-parameters still meet in the same collective. The order is the plan's until the first backward pass has shown in which order
-the gradients of the first rank really arrive, and which buckets some rank left incomplete: those come last from then on.
+Reductions are started in one order on every rank (`reduction_order.py`), whichever gradients arrive first or not at all, so that ranks
+that used different parameters still meet in the same collective.
+
+In a pipeline a backward pass brings the gradients of one stage's units and leaves the buckets of other stages alone. A unit that two stages
+of one rank use (tied ends of a V) has had its last gradients when both stages have.
 
 Stage 3 gathers between reductions, and a rank that waits for a reduction which another one starts only after the next gather would wait for
 ever. So there reductions start at points that all ranks have in common: where a unit is closed, and at the end of a backward pass. What was
@@ -11,9 +13,8 @@ complete on every rank in every backward pass of the first step may start at onc
 
 from __future__ import annotations
 
-import json
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,9 @@ from colossal_core.layout import ParameterLayout, take_local
 from colossal_core.shards import Shard
 from colossal_zero.flat_bucket import FlatBucket
 from colossal_zero.formats import Formats, allocate_masters
-from colossal_zero.plan import SHARD_AXES, Bucket, most_in_flight
+from colossal_zero.plan import Bucket, most_in_flight
 from colossal_zero.publication import Publication
+from colossal_zero.reduction_order import ReductionOrder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
 
 class FlatState:
     """`colossal_core.shards.ParameterState` over flat buckets. early: units that the next forward pass can have gathered for it while the
-    optimizer updates others, in the order in which it asks for them.
+    optimizer updates others, in the order in which it asks for them. stages: the units of each pipeline stage of this rank; none without
+    a pipeline.
 
-    Stages 0 to 2 keep frozen parameters as the forward pass sees them, in the compute dtype, and never send them.
+    Stages 0 to 2 of ZeRO keep frozen parameters as the forward pass sees them, in the compute dtype, and never send them.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class FlatState:
         collectives: Collectives,
         gathering: Gathering,
         early: Sequence[str],
+        stages: Sequence[Sequence[str]] = (),
     ) -> None:
         self._collectives = collectives
         self._stage = formats.stage
@@ -79,12 +83,15 @@ class FlatState:
             for name, layout in layouts.items()
             if layout.compute.is_present(coordinate)
         }
-        self._order = [bucket.index for bucket in self._trained]
-        self._arrived: list[int] | None = []
-        self._late: set[int] = set()
+        uses = Counter(unit for stage in stages for unit in set(stage))
+        self._closings = {unit: max(uses[unit], 1) for unit in self._of_unit}
+        self._left = dict(self._closings)
+        self._order = ReductionOrder(collectives)
         self._next = 0
+        self._opened: frozenset[str] | None = None
         self._waiting: dict[int, set[int]] = {}
         self._started: set[int] = set()
+        self._reduced: set[int] = set()
         self._in_flight: deque[FlatBucket] = deque()
         self._most_in_flight = most_in_flight([bucket.sent_bytes for bucket in self._trained])
         self._is_last = True
@@ -109,7 +116,7 @@ class FlatState:
         if full_name in self._place:
             bucket, position = self._place[full_name]
             bucket.fill(position, full)
-        else:
+        elif full_name in self._shards:
             shard, mesh = self._shards[full_name], self._collectives.mesh
             with torch.no_grad():
                 pieces = shard.layout.compute.pieces(mesh.coordinate(self._collectives.rank), mesh)
@@ -138,8 +145,8 @@ class FlatState:
                 if not self._users[bucket.index]:
                     bucket.release()
 
-    def _release_all(self, kept: Sequence[FlatBucket] = ()) -> None:
-        for bucket in self._buckets:
+    def _free(self, buckets: Sequence[FlatBucket], kept: Sequence[FlatBucket] = ()) -> None:
+        for bucket in buckets:
             self._users[bucket.index].clear()
             if bucket not in kept:
                 bucket.release()
@@ -159,7 +166,7 @@ class FlatState:
         1.3 GB.) And the peak is higher yet, at the loss, where these units are whole too, beside all activations.
         """
         if self._stage == 3:
-            self._release_all(kept=self._publication.refreshed)
+            self._free(self._buckets, kept=self._publication.refreshed)
             self._publication.begin()
         else:
             self._publication.finish()
@@ -175,25 +182,40 @@ class FlatState:
     def begin_step(self) -> None:
         """A step that an exception has ended leaves reductions on their way, which are waited for and forgotten."""
         self._is_last = False
-        self._waiting = {}
+        self._opened, self._waiting = None, {}
+        self._left = dict(self._closings)
         self._in_flight.clear()
+        self._reduced.clear()
         for bucket in self._trained:
             bucket.begin_step()
 
-    def begin_backward(self, *, last: bool) -> None:
-        self._is_last = last
+    def begin_backward(self, *, last: bool, units: Collection[str] | None = None) -> None:
+        self._opened = frozenset(self._of_unit if units is None else (unit for unit in units if unit in self._of_unit))
+        for unit in self._opened:
+            assert units is None or self._left[unit], f"{unit} has had its last gradients of this step"
+            if last:
+                self._left[unit] = 0 if units is None else self._left[unit] - 1
+        self._is_last = not any(self._left.values())
+        self._waiting = {}
+        for bucket in self._trained:
+            positions = {index for index, layout in enumerate(bucket.layouts) if layout.block in self._opened}
+            if positions:
+                self._waiting[bucket.index] = positions
+        self._order.begin(list(self._waiting))
         self._next = 0
         self._started.clear()
-        self._waiting = {bucket.index: set(range(len(bucket.parameters))) for bucket in self._trained}
 
     def _on_gradient(self, bucket: FlatBucket, position: int) -> Callable[[torch.Tensor], None]:
+        layout = bucket.layouts[position]
+
         def arrived(parameter: torch.Tensor) -> None:
             del parameter
-            waiting = self._waiting.get(bucket.index)
-            if waiting is None:
+            if self._opened is None:
                 return  # a backward pass that is not a step's
+            assert layout.block in self._opened, f"the gradient of {layout.full_name} in a backward pass of other units"
+            waiting = self._waiting[bucket.index]
             if position not in waiting:
-                raise ColossalError(_twice(bucket.layouts[position].full_name, self._stage))
+                raise ColossalError(_twice(layout.full_name, self._stage))
             waiting.discard(position)
             if not waiting:
                 self._complete(bucket)
@@ -202,20 +224,24 @@ class FlatState:
 
     def _complete(self, bucket: FlatBucket) -> None:
         """All of a bucket's gradients are there. What stages 0 and 1 keep is accumulated at once; reductions wait for their turn."""
-        if self._arrived is not None:
-            self._arrived.append(bucket.index)
+        self._order.complete(bucket.index)
         if self._stage < 2:
             bucket.take_gradients()
         if self._is_learning():
             return
-        while self._next < len(self._order) and not self._waiting[self._order[self._next]]:
-            if self._order[self._next] in self._late:
+        order = self._order.current
+        while self._next < len(order) and not self._waiting[order[self._next]]:
+            if order[self._next] in self._order.late:
                 break
-            self._start(self._buckets[self._order[self._next]])
+            self._start(self._buckets[order[self._next]])
             self._next += 1
 
     def _is_learning(self) -> bool:
-        return self._stage == 3 and self._arrived is not None
+        return self._stage == 3 and self._order.is_learning
+
+    def _is_closed(self, bucket: FlatBucket) -> bool:
+        """Whether the step brings no further gradients after the running backward pass."""
+        return not any(self._left[layout.block] for layout in bucket.layouts)
 
     def _start(self, bucket: FlatBucket) -> None:
         """Starts the reduction of a complete bucket, once in each backward pass."""
@@ -226,10 +252,14 @@ class FlatState:
             while self._in_flight and self._has_no_room_for(bucket):
                 self._in_flight.popleft().wait_reduced()
             bucket.take_gradients()
-            bucket.start_reduce()
+            self._reduce(bucket)
             self._in_flight.append(bucket)
-        elif self._is_last:
-            bucket.start_reduce()
+        elif self._is_closed(bucket):
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: FlatBucket) -> None:
+        self._reduced.add(bucket.index)
+        bucket.start_reduce()
 
     def _has_no_room_for(self, bucket: FlatBucket) -> bool:
         used = sum(other.sent_bytes for other in self._in_flight)
@@ -254,51 +284,40 @@ class FlatState:
                 continue  # another unit of the bucket is still open
             if self._is_learning():
                 self._start(bucket)
-            elif self._stage == 3 and bucket.index not in self._started | self._late:
-                stalled = self._buckets[self._order[self._next]]
+            elif self._stage == 3 and bucket.index not in self._started | self._order.late:
+                stalled = self._buckets[self._order.current[self._next]]
                 position = min(self._waiting[stalled.index])
                 raise ColossalError(_missing(stalled.layouts[position].full_name))
 
     def end_backward(self) -> None:
-        for index in self._order:
+        assert self._opened is not None, "no backward pass has begun"
+        for index in self._order.current:
             bucket = self._buckets[index]
             if self._waiting[index]:
                 self._waiting[index].clear()
-                if self._arrived is not None:
-                    self._late.add(index)
+                self._order.incomplete(index)
                 if self._stage < 2:
                     bucket.take_gradients()
             self._start(bucket)
-        self._waiting = {}
         if self._stage == 3 and not self._is_kept():
-            self._release_all()
+            units = self._of_unit if self._is_last else self._opened
+            self._free([bucket for unit in units for bucket in self._of_unit[unit]])
+        self._opened, self._waiting = None, {}
 
     def finish_reduce(self) -> None:
+        """What no backward pass has brought, or none has brought for the last time, is reduced here: zeros where nothing came."""
         for bucket in self._trained:
+            if bucket.index not in self._reduced:
+                bucket.take_gradients()
+                self._reduce(bucket)
             bucket.wait_reduced()
             bucket.show_gradients()
         self._in_flight.clear()
         self._is_last = True
+        if self._stage == 3:
+            self._free(self._buckets)
         self.wait_published()
-        if self._arrived is not None:
-            self._agree_on_order(self._arrived)
-            self._arrived = None
-
-    def _agree_on_order(self, arrived: list[int]) -> None:
-        """From the second step on, reductions start in the order in which the first rank saw its gradients arrive in the first, and those
-        last that any rank had to complete with zeros.
-
-        Communication: once, the indices of the buckets as text, over the ranks that reduce together.
-        """
-        seen = list(dict.fromkeys(arrived))
-        order = seen + [index for index in self._order if index not in seen]
-        if self._collectives.size(SHARD_AXES) > 1:
-            own = json.dumps([order, sorted(self._late)]).encode()
-            found = [
-                json.loads(text) for text in self._collectives.gather_bytes(own, SHARD_AXES, tag="order of gradients")
-            ]
-            order, self._late = found[0][0], {index for _, late in found for index in late}
-        self._order = sorted(order, key=lambda index: index in self._late)
+        self._order.agree()
 
 
 def _twice(full_name: str, stage: int) -> str:

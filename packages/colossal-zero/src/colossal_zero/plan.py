@@ -40,16 +40,27 @@ def buckets_of(
     mesh: MeshLayout,
     *,
     whole_blocks: bool = False,
+    stage_units: Sequence[Sequence[str]] = (),
 ) -> tuple[Bucket, ...]:
-    """`assign_buckets`, with a bucket of its own for what other axes cut unevenly: where ranks differ in the size of one member, they would
-    also differ in where the next one begins, and copies of that one must be cut alike.
+    """`assign_buckets`, with buckets of their own for what must not lie together.
+
+    What other axes cut unevenly: where ranks differ in the size of one member, they would also differ in where the next one begins, and
+    copies of that one must be cut alike. And what different pipeline stages use (stage_units: units by stage), whose gradients come in
+    different backward passes; what several ranks share lies alike on all of them.
     """
-    uneven = {layout.full_name: _unevenness(layout.compute, mesh) for layout in layouts}
+    stages = {
+        unit: tuple(stage for stage, units in enumerate(stage_units) if unit in units)
+        for unit in dict.fromkeys(layout.block for layout in layouts)
+    }
+    kinds = {
+        layout.full_name: (_unevenness(layout.compute, mesh), layout.compute.present, stages[layout.block])
+        for layout in layouts
+    }
     found = [
         bucket
-        for kind in dict.fromkeys(uneven.values())
+        for kind in dict.fromkeys(kinds.values())
         for bucket in assign_buckets(
-            [layout for layout in layouts if uneven[layout.full_name] == kind],
+            [layout for layout in layouts if kinds[layout.full_name] == kind],
             blocks,
             bucket_elements,
             whole_blocks=whole_blocks,

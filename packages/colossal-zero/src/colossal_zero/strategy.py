@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from colossal_core.errors import Problem
@@ -39,13 +40,19 @@ class ZeroStrategy:
         self.config = config
 
     def check(self, config: TrainConfig, anatomy: ModelAnatomy, mesh: MeshLayout) -> list[Problem]:
-        del anatomy, mesh
+        del anatomy
         problems = []
         for key in ("keep_parameters", "prefetch"):
             value = getattr(self.config, key)
             if value is not None and self.config.stage < 3:
                 reason = f"says how parameters are gathered, and stage {self.config.stage} keeps them whole"
                 problems.append(Problem(f"parallel.zero.{key}", reason, "remove it, or use stage: 3", value))
+        keep = self.config.keep_parameters
+        if self.config.stage == 3 and mesh.size("pp") > 1 and keep in ("use", "microbatch"):
+            reason = (
+                "a pipeline has several microbatches under way at once, which all need the parameters of their stage"
+            )
+            problems.append(Problem("parallel.zero.keep_parameters", reason, "remove it, or use step", keep))
         if self.config.reduce_dtype is not None and config.precision in ("fp64", "fp32"):
             reason = f"would round the gradients of a run in {config.precision}"
             remedy = "remove it, or use precision: bf16"
@@ -56,11 +63,17 @@ class ZeroStrategy:
         elements = self._bucket_elements(draft)
         whole_blocks = self.config.stage >= 2
         trained = [layout for layout in draft.layouts.values() if layout.trainable]
-        buckets = buckets_of(trained, draft.block_names, elements, draft.mesh, whole_blocks=whole_blocks)
+        assign = partial(
+            buckets_of,
+            blocks=draft.block_names,
+            bucket_elements=elements,
+            mesh=draft.mesh,
+            stage_units=draft.stage_units,
+        )
+        buckets = assign(trained, whole_blocks=whole_blocks)
         if self.config.stage == 3:
-            frozen = _sharded_though_frozen(draft.layouts.values(), anatomy)
-            buckets += buckets_of(frozen, draft.block_names, elements, draft.mesh, whole_blocks=True)
-            draft = draft.with_gathering(self._gathering())
+            buckets += assign(_sharded_though_frozen(draft.layouts.values(), anatomy), whole_blocks=True)
+            draft = draft.with_gathering(self._gathering(draft.mesh))
         changed = (
             sharded_layouts(draft.layouts, buckets, draft.mesh)
             if self.config.stage
@@ -69,7 +82,7 @@ class ZeroStrategy:
         draft = draft.with_layouts(changed).with_data(
             self.name, {"buckets": [list(bucket.names) for bucket in buckets]}
         )
-        return draft.with_note(f"zero: stage {self.config.stage}, {len(buckets)} buckets{self._policy()}")
+        return draft.with_note(f"zero: stage {self.config.stage}, {len(buckets)} buckets{self._policy(draft.mesh)}")
 
     def _bucket_elements(self, draft: PlanDraft) -> int:
         """A bucket's size. Whole blocks arrive together where they are compiled: cutting them makes more messages, and none earlier."""
@@ -82,15 +95,15 @@ class ZeroStrategy:
                 blocks[layout.block] += layout.numel
         return max(DEFAULT_BUCKET_BYTES // element_bytes, *blocks.values(), 1)
 
-    def _gathering(self) -> Gathering:
+    def _gathering(self, mesh: MeshLayout) -> Gathering:
         prefetch = 1 if self.config.prefetch is None else self.config.prefetch
-        return Gathering(self.config.keep_parameters or "use", prefetch)
+        return Gathering(self.config.keep_parameters or ("use" if mesh.size("pp") == 1 else "step"), prefetch)
 
-    def _policy(self) -> str:
+    def _policy(self, mesh: MeshLayout) -> str:
         sent = f", gradients sent in {self.config.reduce_dtype}" if self.config.reduce_dtype else ""
         if self.config.stage < 3:
             return sent
-        gathering = self._gathering()
+        gathering = self._gathering(mesh)
         return f"{sent}, parameters gathered for each {gathering.keep}, {gathering.prefetch} blocks ahead"
 
     def estimate(self, table: EstimateTable, profile: HardwareProfile) -> EstimateTable:
@@ -107,14 +120,28 @@ class ZeroStrategy:
         buckets = [Bucket(tuple(bucket)) for bucket in names]
         wire = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.config.reduce_dtype]
         formats = Formats.of(self.config.stage, context.precision, wire)
+        stages = plan.program.stages_of(context.coordinate["pp"]) if plan.stage_units else ()
         context.parameters = FlatState(
-            plan.layouts, buckets, context.slots, formats, context.collectives, plan.gathering, self._early(plan)
+            plan.layouts,
+            buckets,
+            context.slots,
+            formats,
+            context.collectives,
+            plan.gathering,
+            self._early(plan, context.coordinate),
+            [plan.stage_units[stage] for stage in stages],
         )
 
-    def _early(self, plan: Plan) -> tuple[str, ...]:
-        """Units to be gathered beside the optimizer. Under stage 3 what a step begins with: what is outside the blocks, and the first."""
-        units = plan.units_by_use
-        return units if self.config.stage < 3 else units[: len(units) - len(plan.block_names) + 1]
+    def _early(self, plan: Plan, coordinate: Mapping[str, int]) -> tuple[str, ...]:
+        """Units to be gathered beside the optimizer. Under stage 3 what a step begins with: what is outside the blocks, and the first of
+        this rank's.
+        """
+        held = {layout.block for layout in plan.layouts.values() if layout.compute.is_present(coordinate)}
+        units = tuple(unit for unit in plan.units_by_use if unit in held)
+        if self.config.stage < 3:
+            return units
+        outside = tuple(unit for unit in units if unit not in plan.block_names)
+        return units[: len(outside) + 1]
 
     def state(self) -> Mapping[str, Any]:
         return {}

@@ -124,3 +124,11 @@ def test_one_rank_sends_nothing() -> None:
     for stage in range(4):
         found = estimated(MIXED, {"stage": stage}, {"dp_shard": 1.0})
         assert columns_of(found, "bytes_shard", "bytes_dp_replicate") == (0, 0)
+
+
+def test_in_a_pipeline_parameters_are_gathered_once_a_step_unless_told_otherwise() -> None:
+    names = ("gathered_bytes", "bytes_shard")
+    asked = {"stage": 3, "keep_parameters": "step"}
+    alone, staged = estimated(MIXED, {"stage": 3}), estimated(MIXED, {"stage": 3}, {"pp": 2.0})
+    assert columns_of(staged, *names) == columns_of(estimated(MIXED, asked, {"pp": 2.0}), *names)
+    assert columns_of(alone, *names) != columns_of(estimated(MIXED, asked), *names)

@@ -37,7 +37,9 @@ class Run:
         ]
         self.shards = [
             Shard(
-                ParameterLayout(name, shape, Placement(shape), Placement(shape), block="block" if "." in name else ""),
+                ParameterLayout(
+                    name, shape, Placement(shape), Placement(shape), block="block" if "." in name else name
+                ),
                 master,
                 master,
             )
@@ -52,6 +54,7 @@ class Run:
             coordinate=collectives.mesh.coordinate(0),
             device=device,
             seed=0,
+            blocks=frozenset({"block"}),
         )
         decayed = [master for master in self.masters if master.dim() >= 2]
         vectors = [master for master in self.masters if master.dim() < 2]

@@ -34,7 +34,7 @@ buckets are on their way at once."""
 def is_hidden_matrix(master: torch.Tensor, context: OptimizerContext) -> bool:
     """A matrix inside a block. Embeddings and heads lie outside every block; vectors, convolutions and stacks have other dimensions."""
     layout = context.shard(master).layout
-    return layout.block != "" and len(layout.shape) == 2 and min(layout.shape) > 1
+    return layout.block in context.blocks and len(layout.shape) == 2 and min(layout.shape) > 1
 
 
 class Muon:
