@@ -39,8 +39,9 @@ class Peak:
     """Bytes on the fullest rank at the highest moment of a step, by kind. moment: its name, as `EstimateTable.moments` has it.
 
     parameters: the compute copy that is always there; gathered: what is there only while it is used. transients: gradients on their way,
-    what is sent and received. activations: kept for the backward pass. work: head, loss and its gradient, or one block's backward pass:
-    what is at the peak beyond the activations. libraries: workspaces. problem: why activations and work are not known (then 0), else "".
+    what is sent and received. activations: kept for the backward pass, of all microbatches that are alive at once. work: head, loss
+    and its gradient, or one block's backward pass: what is at the peak beyond the activations. libraries: workspaces. problem: why
+    activations and work are not known (then 0), else "".
     """
 
     parameters: int
@@ -145,7 +146,6 @@ class PeakEstimator:
         table = self.table(change)
         traced = self._activations(change)
         table = table.setting("activation_bytes_per_microbatch", _row(traced.kept_bytes))
-        table = table.setting("num_microbatches_in_flight", _row(1))
         table = table.setting("loss_bytes", _row(traced.loss_bytes))
         table = table.setting("backward_bytes", _row(traced.backward_bytes))
 
@@ -163,7 +163,7 @@ class PeakEstimator:
             optimizer=found("optimizer_bytes"),
             gathered=found("gathered_bytes"),
             transients=0 if at_loss else found("transient_bytes"),
-            activations=0 if at_end else traced.kept_bytes,
+            activations=0 if at_end else int(traced.kept_bytes * table.column("num_microbatches_in_flight")[0]),
             work=traced.loss_bytes if at_loss else traced.backward_bytes,
             libraries=LIBRARY_BYTES.get(self._device_type, 0),
             moment=moment,
@@ -209,12 +209,13 @@ def state_table(
     positions: int = 0,
 ) -> EstimateTable:
     """The estimate table of one plan: one row, by the strategies' closed forms. state_bytes: of optimizer state for a trained element.
-    positions: of one sequence; 0: not known, and what is sent of activations is left out.
+    positions: of one sequence; 0: not known, and what is sent of activations is left out. One microbatch's activations are alive at once
+    where no strategy says otherwise.
     """
     profile = profile_of(plan)
     table = EstimateTable(
         replace(model_size(plan, state_bytes), sequence_length=positions), inputs_of(plan, change), plan=plan
-    )
+    ).setting("num_microbatches_in_flight", _row(1))
     if all(strategy.phase is not Phase.SHARD_STATE for strategy in strategies):
         table = _whole_state(table, profile)
     for strategy in strategies:

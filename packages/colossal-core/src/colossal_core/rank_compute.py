@@ -1,14 +1,17 @@
 """What one rank computes of a model, where strategies have changed that: an estimate of memory has to run the same.
 
-Strategies of the phases `split` and `shard_compute` put hooks on a model, give modules other forward methods and other sizes, and leave
-logits cut. A model that is in training has all of it. On one that is not, it is put on the copy that the trace runs, by the strategies'
-own `apply` and with collectives that reach nobody.
+Strategies of the phase `shard_compute` put hooks on a model, give modules other forward methods and other sizes, and leave logits cut. A
+model that is in training has all of it. On one that is not, it is put on the copy that the trace runs, by the strategies' own `apply` and
+with collectives that reach nobody.
+
+Stages of a pipeline are left out: the trace is of the whole model, of which a stage counts by its share. So what a rank in training lacks
+of the model comes back on the copy, and its blocks run whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,12 +22,25 @@ from colossal_core.strategy import ApplyContext, Phase
 if TYPE_CHECKING:
     from colossal_core.collectives import Collectives
     from colossal_core.fake_model import FakeModel
+    from colossal_core.layout import ParameterLayout
+    from colossal_core.mesh import MeshLayout
     from colossal_core.plan import Plan
     from colossal_core.precision import Precision
     from colossal_core.strategy import CrossEntropy, Strategy
 
 COMPUTE_PHASES = (Phase.SPLIT, Phase.SHARD_COMPUTE)
 """The phases whose strategies change what a rank computes; later ones move or wrap what is there."""
+
+
+@dataclass(frozen=True)
+class AbsentParameter:
+    """One that other stages of a pipeline hold. names: its own and those tied to it. shape: where it is, on the ranks that differ from this
+    one along pp alone.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    trained: bool
 
 
 class RankCompute(Protocol):
@@ -39,13 +55,19 @@ class RankCompute(Protocol):
 
 @dataclass(frozen=True)
 class AsItIs:
-    """The model computes what the rank does: nothing has changed it, or what has is on it. cross_entropy: what a strategy has left."""
+    """The model computes what the rank does: nothing has changed it, or what has is on it. cross_entropy: what a strategy has left. absent:
+    what stands on the model in another shape than where it is computed with.
+    """
 
     hooks: frozenset[int] = frozenset()
     cross_entropy: CrossEntropy | None = None
+    absent: tuple[AbsentParameter, ...] = ()
 
     def carry_out(self, fake: FakeModel, precision: Precision) -> CrossEntropy | None:
-        del fake, precision
+        del precision
+        for one in self.absent:
+            dtype = fake.model.get_parameter(one.names[0]).dtype
+            _replace(fake.model, one.names, torch.empty(one.shape, dtype=dtype, device="cpu"), trained=one.trained)
         return self.cross_entropy
 
 
@@ -83,15 +105,29 @@ class ToBeApplied:
         for strategy in self.strategies:
             strategy.apply(model, plan, context)
         for name, layout in plan.layouts.items():
-            parameter, shape = model.get_parameter(name), layout.compute.local_shape(coordinate, plan.mesh)
+            parameter, shape = model.get_parameter(name), _shape_on_its_stage(layout, coordinate, plan.mesh)
             if tuple(parameter.shape) != shape:
-                _replace(model, (name, *layout.aliases), torch.empty(shape, dtype=parameter.dtype, device="cpu"))
+                empty = torch.empty(shape, dtype=parameter.dtype, device="cpu")
+                _replace(model, (name, *layout.aliases), empty, trained=parameter.requires_grad)
         return context.cross_entropy
 
 
-def _replace(model: nn.Module, names: Sequence[str], value: torch.Tensor) -> None:
+def absent_parameters(plan: Plan, coordinate: Mapping[str, int]) -> tuple[AbsentParameter, ...]:
+    """What the rank at `coordinate` does not hold of the model."""
+    return tuple(
+        AbsentParameter((name, *layout.aliases), _shape_on_its_stage(layout, coordinate, plan.mesh), layout.trainable)
+        for name, layout in plan.layouts.items()
+        if not layout.compute.is_present(coordinate)
+    )
+
+
+def _shape_on_its_stage(layout: ParameterLayout, coordinate: Mapping[str, int], mesh: MeshLayout) -> tuple[int, ...]:
+    return replace(layout.compute, present=()).local_shape(coordinate, mesh)
+
+
+def _replace(model: nn.Module, names: Sequence[str], value: torch.Tensor, *, trained: bool) -> None:
     """One new parameter in every place that holds the old one."""
-    made = nn.Parameter(value, requires_grad=model.get_parameter(names[0]).requires_grad)
+    made = nn.Parameter(value, requires_grad=trained)
     for name in names:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, made)
@@ -99,7 +135,7 @@ def _replace(model: nn.Module, names: Sequence[str], value: torch.Tensor) -> Non
 
 def rank_compute(plan: Plan, strategies: Sequence[Strategy], collectives: Collectives | None) -> RankCompute:
     """For a model that is not in training. collectives: None where no active strategy changes what a rank computes."""
-    changing = tuple(strategy for strategy in strategies if strategy.phase in COMPUTE_PHASES)
+    changing = tuple(strategy for strategy in strategies if strategy.phase is Phase.SHARD_COMPUTE)
     if not changing:
         return AsItIs()
     assert collectives is not None, f"{[strategy.name for strategy in changing]} need collectives of the plan's mesh"

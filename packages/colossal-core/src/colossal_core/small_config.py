@@ -9,7 +9,7 @@ from typing import Any
 from colossal_core.small_sizes import EXCEPTIONS, SMALL_SIZES
 
 MAX_DEPTH = 4
-"""Layers are two, or as many as there are kinds of them, up to this many."""
+"""Layers are two, or as many as there are kinds of them, up to this many; more only where they are asked for."""
 
 _TOKEN_KEYS = (
     "bos_token_id",
@@ -28,31 +28,32 @@ _OVERRIDES = "per_layer_config"
 """transformers' key for what single layers have otherwise, by their number."""
 
 
-def shrink_config(config: Any, overrides: Mapping[str, Any] | None = None) -> Any:
+def shrink_config(config: Any, overrides: Mapping[str, Any] | None = None, *, min_depth: int = 0) -> Any:
     """The config with small sizes; the kind of everything (activations, norms, tying, softcaps, rotary scaling) is kept.
 
-    overrides: `model.verify_config`, applied last. Sub-configs (text, vision) are shrunk alike. The argument is not changed.
+    overrides: `model.verify_config`, applied last. min_depth: layers that stay at least, where there are so many. Sub-configs
+    (text, vision) are shrunk alike. The argument is not changed.
     """
-    shrunk = _shrunk_config(config.to_dict(), config)
+    shrunk = _shrunk_config(config.to_dict(), config, min_depth)
     shrunk.update(overrides or {})
     for key in ("transformers_version", "model_type"):
         shrunk.pop(key, None)
     return type(config)(**shrunk)
 
 
-def _shrunk_config(keys: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def _shrunk_config(keys: Mapping[str, Any], config: Any, min_depth: int) -> dict[str, Any]:
     """The small keys of a config, and of those inside it."""
-    shrunk = _shrunk_keys(keys)
+    shrunk = _shrunk_keys(keys, min_depth)
     for name in getattr(config, "sub_configs", {}):
         if isinstance(keys.get(name), Mapping):
-            shrunk[name] = _shrunk_config(keys[name], getattr(config, name, None))
+            shrunk[name] = _shrunk_config(keys[name], getattr(config, name, None), min_depth)
     shrunk.update(copy.deepcopy(dict(EXCEPTIONS.get(str(keys.get("model_type")), {}))))
     return shrunk
 
 
-def _shrunk_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _shrunk_keys(keys: Mapping[str, Any], min_depth: int) -> dict[str, Any]:
     small = copy.deepcopy(dict(keys))
-    _keep_some_layers(small)
+    _keep_some_layers(small, min_depth)
     _shrink_sizes(small)
     for layer in small[_OVERRIDES].values() if isinstance(small.get(_OVERRIDES), dict) else ():
         _shrink_layer(layer, keys)
@@ -110,7 +111,7 @@ def _shrunk_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {key: _shrunk_rope(value) if isinstance(value, dict) else value for key, value in small.items()}
 
 
-def _keep_some_layers(keys: dict[str, Any]) -> None:
+def _keep_some_layers(keys: dict[str, Any], min_depth: int) -> None:
     """Cuts the depth, and with it every list with an entry a layer: one layer of each kind stays where `MAX_DEPTH` allows it."""
     depth = next((keys[key] for key in _DEPTH_KEYS if _is_size(keys.get(key))), None)
     if depth is None:
@@ -122,15 +123,15 @@ def _keep_some_layers(keys: dict[str, Any]) -> None:
         str([*(entries[layer] for entries in lists.values()), overrides.get(layer)]) if depth > 2 else str(layer)
         for layer in range(depth)
     ]
-    kept = _some_of_each(kinds)
+    kept = _some_of_each(kinds, max(min_depth, SMALL_SIZES["num_hidden_layers"]))
     keys.update({key: len(kept) for key in _DEPTH_KEYS if _is_size(keys.get(key))})
     keys.update({key: [entries[layer] for layer in kept] for key, entries in lists.items()})
     if overrides:
         keys[_OVERRIDES] = {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
 
 
-def _some_of_each(kinds: Sequence[str]) -> list[int]:
-    """The first layer of each kind, and further ones until there are two (or all that there are), in order."""
+def _some_of_each(kinds: Sequence[str], count: int) -> list[int]:
+    """The first layer of each kind, and further ones until there are `count` (or all that there are), in order."""
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:MAX_DEPTH]
     rest = [layer for layer in range(len(kinds)) if layer not in firsts]
-    return sorted([*firsts, *rest[: max(0, SMALL_SIZES["num_hidden_layers"] - len(firsts))]])
+    return sorted([*firsts, *rest[: max(0, count - len(firsts))]])

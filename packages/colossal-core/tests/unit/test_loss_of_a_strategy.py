@@ -23,7 +23,7 @@ from colossal_core.plan import make_plan
 from colossal_core.plugins import discover
 from colossal_core.strategy import Phase
 from colossal_core.testing.models import Output, TinyModel, TokenBatches
-from colossal_core.testing.verification import default_variants, model_size_of
+from colossal_core.testing.verification import default_variants, model_size_of, num_microbatches_of
 from colossal_core.wrap import Parts, wrap
 
 
@@ -134,3 +134,12 @@ def test_variants_keep_the_ranks_of_one_data_share_together() -> None:
     sizes = {variant.overrides["batch"]["global_size"] for variant in default_variants(8, 2)}
     assert sizes == {8}
     assert default_variants(4) == default_variants(4, 1)
+
+
+def test_variants_of_a_pipeline_have_more_microbatches_than_stages() -> None:
+    assert num_microbatches_of({"tp": 2}) == num_microbatches_of({"pp": 1}) == 2
+    assert num_microbatches_of({"pp": 4}) == 9
+    variants = default_variants(8, model_size_of({"pp": 4}, 8), 9)
+    assert variants[0].name == "as configured, 9 microbatches"
+    sizes = {(v.num_microbatches, *v.overrides["batch"].values()) for v in variants}
+    assert sizes == {(9, 18, 1), (1, 18, 9)}

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from colossal_core.testing.parity import RunRecord, RunSpec, record_run
     from colossal_core.testing.pool import RankError, WorkerPool
     from colossal_core.testing.suites import CheckpointSuite, OpSuite, StrategySuite
-    from colossal_core.testing.verification import Variant, VerifyReport, default_variants, model_size_of, verify
+    from colossal_core.testing.verification import (
+        Variant,
+        VerifyReport,
+        default_variants,
+        model_size_of,
+        num_microbatches_of,
+        verify,
+    )
 
 __all__ = [
     "EXACT",
@@ -28,6 +35,7 @@ __all__ = [
     "compare",
     "default_variants",
     "model_size_of",
+    "num_microbatches_of",
     "record_run",
     "relative_difference",
     "table",
@@ -49,6 +57,7 @@ _MODULES = {
     "compare": "colossal_core.testing.comparison",
     "default_variants": "colossal_core.testing.verification",
     "model_size_of": "colossal_core.testing.verification",
+    "num_microbatches_of": "colossal_core.testing.verification",
     "record_run": "colossal_core.testing.parity",
     "relative_difference": "colossal_core.difference",
     "table": "colossal_core.testing.comparison",

@@ -6,7 +6,7 @@ is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,6 +17,7 @@ from colossal_core.collectives import DoneHandle
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.gradients import clip_factor
 from colossal_core.mesh import LOSS_AXES, WORLD
+from colossal_core.testing import pipeline_faults
 
 if TYPE_CHECKING:
     from colossal_core.collectives import Axes, Collectives, Handle, ReduceOp
@@ -34,12 +35,13 @@ Applies = Callable[["Plan"], bool]
 
 @dataclass(frozen=True)
 class ReductionFault:
-    """What happens to reductions. of: the gradients of the first bucket, of all, or the count of items. skip: nothing is sent.
+    """What happens to reductions. of: the gradients of the first bucket, of all, of parameters that several stages hold, or the count of
+    items. skip: nothing is sent.
 
     before, after: (tensor, number of ranks, plan) -> None, on what goes in and on what has come out.
     """
 
-    of: Literal["first gradients", "gradients", "items"]
+    of: Literal["first gradients", "gradients", "shared gradients", "items"]
     skip: bool = False
     before: Callable[[torch.Tensor, int, Plan], None] | None = None
     after: Callable[[torch.Tensor, int, Plan], None] | None = None
@@ -97,6 +99,10 @@ class _FaultyCollectives:
             return tag == ITEMS_TAG
         if tag in CORE_TAGS:
             return False
+        is_shared = pipeline_faults.over_stages(axes)
+        if is_shared or self._fault.of == "shared gradients":
+            # Never "first gradients": what comes first differs from stage to stage, and all ranks of a group must do the same.
+            return is_shared and self._fault.of in ("gradients", "shared gradients")
         if self._first_tag is None:
             self._first_tag = tag
         return self._fault.of == "gradients" or tag == self._first_tag
@@ -201,11 +207,11 @@ def _lose_a_microbatch(trained: Trained) -> None:
     def forget(view: StepView) -> None:
         num_begun[0] = 0
 
-    def after_clearing(*, last: bool) -> None:
+    def after_clearing(*, last: bool, units: Collection[str] | None = None) -> None:
         if num_begun[0] == 1:
             state.begin_step()
         num_begun[0] += 1
-        begin(last=last)
+        begin(last=last, units=units)
 
     trained._engine.context.hooks.add("before_step", forget)
     vars(state)["begin_backward"] = after_clearing
@@ -251,6 +257,15 @@ def _has_copies(plan: Plan) -> bool:
     return _always(plan) and any(layout.state.replicated for layout in trained)
 
 
+def _sums_in_a_stage(plan: Plan) -> bool:
+    """Ranks of one and the same stage have different parts of its gradients."""
+    return plan.mesh.world_size > plan.mesh.size("pp")
+
+
+def _sums_gradients(plan: Plan) -> bool:
+    return _sums_in_a_stage(plan) or pipeline_faults.shares_between_stages(plan)
+
+
 def _accumulates(plan: Plan) -> bool:
     return _always(plan) and plan.batch.num_microbatches > 1
 
@@ -268,10 +283,23 @@ def _is_adamw(plan: Plan) -> bool:
     return _always(plan) and plan.config.optimizer.name == "adamw"
 
 
+PIPELINE_MUTANTS: tuple[Mutant, ...] = (
+    Mutant("halved-crossing-gradient", "gradients that come back from the next stage count half",
+           hook=pipeline_faults.halve_crossing_gradients, applies=pipeline_faults.has_stages),
+    Mutant("repeated-microbatch", "a stage is given the first microbatch's activations twice", hook=pipeline_faults.repeat_a_microbatch,
+           applies=pipeline_faults.passes_several),
+    Mutant("forgotten-shared-sum", "gradients of what several stages hold are not summed over them",
+           ReductionFault("shared gradients", skip=True), applies=pipeline_faults.shares_between_stages),
+)  # fmt: skip
+"""Faults that only a pipeline has."""
+
 MUTANTS: tuple[Mutant, ...] = (
-    Mutant("forgotten-all-reduce", "one bucket of gradients is not summed over ranks", ReductionFault("first gradients", skip=True)),
-    Mutant("doubled-gradient", "one bucket of gradients is summed twice", ReductionFault("first gradients", after=_double)),
-    Mutant("mean-of-ranks", "gradients are averaged over ranks instead of summed", ReductionFault("gradients", after=_divide)),
+    Mutant("forgotten-all-reduce", "one bucket of gradients is not summed over ranks", ReductionFault("first gradients", skip=True),
+           applies=_sums_in_a_stage),
+    Mutant("doubled-gradient", "one bucket of gradients is summed twice", ReductionFault("first gradients", after=_double),
+           applies=_sums_in_a_stage),
+    Mutant("mean-of-ranks", "gradients are averaged over ranks instead of summed", ReductionFault("gradients", after=_divide),
+           applies=_sums_gradients),
     Mutant("local-divisor", "each rank divides its loss by its own count", ReductionFault("items", skip=True, before=_multiply),
            applies=_shares_data),
     Mutant("clip-before-sum", "each rank clips its gradients before they are summed", ReductionFault("gradients", before=_clip_alone),
@@ -281,5 +309,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("stale-parameters", "the last rank goes on with the parameters from before the step", hook=_keep_old_parameters),
     Mutant("doubled-norm", "the norm counts every copy of a shard", hook=_everyone_owns, applies=_has_copies),
     Mutant("late-bias-correction", "AdamW's bias correction is off by one step", hook=_one_step_ahead, applies=_is_adamw),
+    *PIPELINE_MUTANTS,
 )  # fmt: skip
 """Every planted fault, by the name that `colossal verify --mutant` takes."""

@@ -23,10 +23,13 @@ ADAMW: Mapping[str, Any] = {"name": "adamw", "lr": 0.001, "weight_decay": 0.1, "
 
 @dataclass(frozen=True)
 class Variant:
-    """One comparison. name: as the report prints it. overrides: config values by dotted path, on top of the run's own."""
+    """One comparison. name: as the report prints it. overrides: config values by dotted path, on top of the run's own. num_microbatches:
+    of a step on every rank, by these; 0: not known.
+    """
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    num_microbatches: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,32 +75,42 @@ class VerifyReport:
         return "\n\n".join([*parts, f"{compared}: {verdict}"])
 
 
-def default_variants(world_size: int, model_size: int = 1) -> tuple[Variant, ...]:
+def default_variants(world_size: int, model_size: int = 1, num_microbatches: int = 2) -> tuple[Variant, ...]:
     """The run as it is configured, with its own strategies and optimizer; then every stage with AdamW, some with SGD, two microbatches a
     rank; one microbatch; parameters gathered once a step; hybrid sharding where the ranks of different data divide by two.
 
-    model_size: ranks that the run's own config gives one and the same data (the size of `parallel.tensor`; `model_size_of`). Together they
-    have two sequences a step.
+    model_size: ranks that the run's own config gives one and the same data (the sizes of `parallel.tensor` and `parallel.pipeline`;
+    `model_size_of`). Together they have one sequence a microbatch. num_microbatches: of a step (`num_microbatches_of`).
     """
-    data_size = world_size // model_size
-    batch = {"batch": {"global_size": 2 * data_size, "micro_size": 1}}
-    whole = {"batch": {"global_size": 2 * data_size, "micro_size": 2}}
+    data_size, count = world_size // model_size, num_microbatches
+    batch = {"batch": {"global_size": count * data_size, "micro_size": 1}}
+    whole = {"batch": {"global_size": count * data_size, "micro_size": count}}
 
     def variant(name: str, zero: Mapping[str, Any], optimizer: Mapping[str, Any], cut: Mapping[str, Any]) -> Variant:
-        return Variant(name, {**cut, "parallel.zero": dict(zero), "optimizer": dict(optimizer)})
+        values = {**cut, "parallel.zero": dict(zero), "optimizer": dict(optimizer)}
+        return Variant(name, values, 1 if cut is whole else count)
 
     # float64 has no wire format to be narrowed to: the option would be refused.
-    variants = [Variant("as configured, 2 microbatches", {**batch, "parallel.zero.reduce_dtype": None})]
-    variants += [variant(f"stage {stage}, AdamW, 2 microbatches", {"stage": stage}, ADAMW, batch) for stage in range(4)]
-    variants += [variant(f"stage {stage}, SGD, 2 microbatches", {"stage": stage}, SGD, batch) for stage in (0, 1, 3)]
+    several = f"{count} microbatches"
+    variants = [Variant(f"as configured, {several}", {**batch, "parallel.zero.reduce_dtype": None}, count)]
+    variants += [variant(f"stage {stage}, AdamW, {several}", {"stage": stage}, ADAMW, batch) for stage in range(4)]
+    variants += [variant(f"stage {stage}, SGD, {several}", {"stage": stage}, SGD, batch) for stage in (0, 1, 3)]
     variants.append(variant("stage 1, AdamW, 1 microbatch", {"stage": 1}, ADAMW, whole))
     once = {"stage": 3, "keep_parameters": "step"}
-    variants.append(variant("stage 3 gathered once a step, AdamW, 2 microbatches", once, ADAMW, batch))
+    variants.append(variant(f"stage 3 gathered once a step, AdamW, {several}", once, ADAMW, batch))
     if data_size % 2 == 0 and data_size > 2:
         for stage in (1, 3):
             hybrid = {"stage": stage, "replicate": 2}
-            variants.append(variant(f"stage {stage} in 2 copies, AdamW, 2 microbatches", hybrid, ADAMW, batch))
+            variants.append(variant(f"stage {stage} in 2 copies, AdamW, {several}", hybrid, ADAMW, batch))
     return tuple(variants)
+
+
+def num_microbatches_of(axis_sizes: Mapping[str, int]) -> int:
+    """How many microbatches show what a run does: two accumulate; in a pipeline one more than there are stages with two on each rank, so
+    that every rank comes to a steady state, and their number divides by nothing.
+    """
+    stages = axis_sizes.get("pp", 1)
+    return 2 * stages + 1 if stages > 1 else 2
 
 
 def model_size_of(axis_sizes: Mapping[str, int], world_size: int) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from colossal_core.errors import ConfigError
 from colossal_core.plugins import BUILTIN, discover
+from colossal_core.rank_compute import COMPUTE_PHASES
 from colossal_core.strategy import Phase
 from colossal_core.testing import probes
 from colossal_core.testing.comparison import Row, compare, table
@@ -201,11 +202,11 @@ class StrategySuite(SealedSuite, suite=True):
         strategy, spec = self.strategy(world_size), self.spec(precision="bf16")
         prepared = prepare(spec, world_size)
         measured = _fullest(pool.run(world_size, probes.observe, spec))
-        if strategy.phase is Phase.SHARD_COMPUTE:
+        if strategy.phase in COMPUTE_PHASES:
             estimated = estimated_bytes_of_all(prepared.strategies, prepared.plan)
         else:
             estimated = estimated_bytes(strategy, prepared.plan)
-        if strategy.phase not in (Phase.SHARD_COMPUTE, Phase.SHARD_STATE):
+        if strategy.phase not in (*COMPUTE_PHASES, Phase.SHARD_STATE):
             before = _fullest(pool.run(world_size, probes.observe, self.without(spec)))
             measured = {column: size - before[column] for column, size in measured.items()}
         for column, size in measured.items():
