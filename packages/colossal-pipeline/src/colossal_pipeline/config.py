@@ -1,0 +1,24 @@
+"""The section `parallel.pipeline`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from colossal_core.config import Section
+
+
+class PipelineConfig(Section):
+    """Pipeline parallelism: the model's blocks are cut into stages, one behind the other on `size` ranks, and microbatches flow through."""
+
+    size: Annotated[int, Field(ge=1)] = 1
+    """Number of ranks that stand behind one another. 1: the model is not cut."""
+    schedule: str = "1f1b"
+    """In which order a rank works: `gpipe`, `1f1b`, `interleaved`, `looped-bfs`, `zb-h1`, `zb-h2`, `zbv`, `dualpipev`, or the path of a
+    file (`.yaml`, `.json`) with a schedule of your own."""
+    chunks: Annotated[int, Field(ge=1)] | None = None
+    """Stages that each rank holds. null: 1, or 2 where the schedule needs several. There are `size` x `chunks` stages."""
+    blocks: list[Annotated[int, Field(ge=1)]] | None = None
+    """Number of blocks of each stage, first stage first. null: stages that take equally long, as far as whole blocks allow; a head counts
+    by its size."""

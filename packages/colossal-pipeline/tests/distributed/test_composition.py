@@ -1,0 +1,63 @@
+"""A pipeline beside every other axis and treatment of blocks, each compared with one process in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from colossal_core.testing import RunSpec
+
+Run = Callable[..., RunSpec]
+Exact = Callable[[RunSpec, int], None]
+
+WHOLE, SPLIT = "1f1b", "zb-h1"
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("schedule", [WHOLE, SPLIT])
+def test_recomputed_blocks(run_of: Run, exact: Exact, schedule: str, recompute: str) -> None:
+    overrides = {"parallel.pipeline": {"size": 2, "schedule": schedule}, "recompute": {"mode": recompute}}
+    exact(run_of("llama", overrides), 2)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_compiled_blocks(run_of: Run, exact: Exact, schedule: str) -> None:
+    overrides = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "compile": {"enabled": True, "backend": "aot_eager"},
+    }
+    exact(run_of("llama", overrides), 2)
+
+
+@pytest.mark.parametrize(
+    "frozen", [("model.embed_tokens",), ("model.embed_tokens", "model.layers.0", "model.layers.1")]
+)
+@pytest.mark.parametrize("schedule", [WHOLE, SPLIT])
+def test_frozen_parameters(run_of: Run, exact: Exact, schedule: str, frozen: tuple[str, ...]) -> None:
+    """With a whole stage frozen no gradient goes back to it."""
+    exact(run_of("llama", {"parallel.pipeline": {"size": 2, "schedule": schedule}}, frozen=frozen), 2)
+
+
+@pytest.mark.parametrize("blocks", [[1, 3], [3, 1]])
+def test_stages_given_by_the_user(run_of: Run, exact: Exact, blocks: list[int]) -> None:
+    exact(run_of("llama", {"parallel.pipeline": {"size": 2, "blocks": blocks}}), 2)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd"])
+def test_optimizers(run_of: Run, exact: Exact, optimizer: str) -> None:
+    exact(run_of("llama", {"parallel.pipeline": {"size": 2}}, optimizer=optimizer), 2)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize(("kind", "schedule"), [("llama", WHOLE), ("llama", SPLIT), ("gpt2", WHOLE), ("gpt2", "zbv")])
+def test_tensor_parallelism_inside_a_stage(
+    run_of: Run, exact: Exact, kind: str, schedule: str, sequence_parallel: bool
+) -> None:
+    pytest.importorskip("colossal_tensor")
+    parallel: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "parallel.tensor": {"size": 2, "sequence_parallel": sequence_parallel},
+    }
+    exact(run_of(kind, parallel), 4)

@@ -1,0 +1,54 @@
+"""A pipeline beside data parallelism: every ZeRO stage inside the pipeline's stages, compared with one process in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from colossal_core.testing import RunSpec
+
+pytest.importorskip("colossal_zero")
+
+Run = Callable[..., RunSpec]
+Exact = Callable[[RunSpec, int], None]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved", "zbv"])
+def test_every_stage(run_of: Run, exact: Exact, schedule: str, stage: int) -> None:
+    """Two copies of a pipeline of two ranks, three microbatches each."""
+    overrides: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "parallel.zero": {"stage": stage},
+        "batch": {"global_size": 6, "micro_size": 1},
+    }
+    exact(run_of("llama", overrides), 4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_tied_embeddings(run_of: Run, exact: Exact, schedule: str, stage: int) -> None:
+    overrides: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "parallel.zero": {"stage": stage},
+    }
+    exact(run_of("gpt2", overrides), 4)
+
+
+def test_hybrid_sharding_beside_tied_embeddings(run_of: Run, exact: Exact) -> None:
+    """The gradient of the tied table is summed over its stages and over the replicas at once."""
+    overrides: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2},
+        "parallel.zero": {"stage": 1, "replicate": 2},
+        "batch": {"global_size": 4, "micro_size": 1},
+    }
+    exact(run_of("gpt2", overrides), 4)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "lamb", "lars", "adafactor", "muon"])
+def test_every_optimizer(run_of: Run, exact: Exact, optimizer: str) -> None:
+    """Whole matrices and their norms are those of one process, where ranks hold different parameters."""
+    overrides: dict[str, Any] = {"parallel.pipeline": {"size": 2}, "parallel.zero": {"stage": 1}}
+    exact(run_of("gpt2", overrides, optimizer=optimizer), 4)
