@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colossal_core.testing import WorkerPool
-    from colossal_launch.architectures import Checked, TensorResult
+    from colossal_launch.architectures import Checked, PipelineResult, TensorResult
     from colossal_launch.models.small import SmallModel
 
 ROOT = Path(__file__).parents[1]
@@ -27,29 +27,31 @@ PAGE = ROOT / "docs" / "architectures.md"
 REASONS = ROOT / "docs" / "data" / "architectures_left_out.json"
 """Why a model is not trained here, by architecture, for a reader. A failing one without a reason fails the run."""
 
-COMPARISONS = ("stages", "tensor")
+COMPARISONS = ("stages", "tensor", "pipeline")
 
 HEAD = """# Every causal language model of transformers
 
 Written by `nox -s architectures`, which runs them all.
 
 Each model is built small from its own config and trained for two steps of AdamW with clipping on two processes, with two microbatches each:
-under `parallel.zero`, stages 1 and 3, and under `parallel.tensor` with `size: 2`. Loss, gradients, their norm, parameters and
-optimizer states are then those of one process in float64: the table has the worst relative difference of them all, rounded up to a power of
-ten, and the limit is 1e-12.
+under `parallel.zero`, stages 1 and 3, under `parallel.tensor` with `size: 2`, and under `parallel.pipeline` with `size: 2`. Loss,
+gradients, their norm, parameters and optimizer states are then those of one process in float64: the table has the worst relative difference
+of them all, rounded up to a power of ten, and the limit is 1e-12.
 
 *Cut* is how much of a model's matrices two ranks share: of the elements of all parameters with two dimensions or more. Tables of
 embeddings count where they are the head too; what has no partner is cut by its outputs, which are gathered. *Sequence*: whether
 activations between the matrices are cut along the sequence, which is done where it was proven to be the same. *Vocabulary*: whether words
-of the head, or of the table, are. Nothing here is written for an architecture: what is cut is
-[found and proven](tensor.md#how-groups-are-found).
+of the head, or of the table, are. *Pipeline 2*: two stages, between which one tensor crosses unless the table says how many. Nothing is
+written for an architecture: what is cut is [found and proven](tensor.md#how-groups-are-found), and so is [what
+crosses](pipeline.md#how-a-model-is-cut).
 """
 WHOLE = """Matrices that no cut was proven for, each by the end of its name, the largest first; and those that this run does not reach
 (cross attention without an encoder, a vision tower without pictures)."""
 MOST_PATTERNS = 6
 COLUMNS = (
-    "| architecture | class | parameters | blocks | found by | tied | stage 1 | stage 3 | tensor 2 | cut | sequence | vocabulary |",
-    "|---|---|---:|---|---|---|---|---|---|---:|---|---|",
+    "| architecture | class | parameters | blocks | found by | tied | stage 1 | stage 3 | tensor 2 | cut | sequence | vocabulary "
+    "| pipeline 2 |",
+    "|---|---|---:|---|---|---|---|---|---|---:|---|---|---|",
 )
 
 
@@ -93,6 +95,16 @@ def tensor_keys(result: TensorResult) -> dict[str, Any]:
     return found
 
 
+def pipeline_keys(result: PipelineResult) -> dict[str, Any]:
+    """What a pipeline gave as it is kept."""
+    if result.error:
+        return {"error": result.error}
+    if result.worst is None:
+        return {"notes": list(result.notes)}
+    found: dict[str, Any] = {"worst": rounded_up(result.worst.difference), "crossing": result.crossing}
+    return found if result.passed else found | {"different": f"{result.worst.kind} {result.worst.where}"}
+
+
 def rounded_up(difference: float) -> str:
     """To a power of ten, so that the last bits of a machine do not change the table."""
     if difference == 0.0:
@@ -112,9 +124,9 @@ def is_cut_exactly(row: Mapping[str, Any]) -> bool:
 
 
 def is_sound(row: Mapping[str, Any]) -> bool:
-    """Exact wherever it trains: under tensor parallelism it may also be refused, with what the plan says of it."""
-    tensor = row.get("tensor", {"error": "was not run"})
-    return is_exact(row) and "different" not in tensor and "error" not in tensor
+    """Exact wherever it trains: under tensor parallelism and in a pipeline it may also be refused, with what the plan says of it."""
+    parts = [row.get(name, {"error": "was not run"}) for name in ("tensor", "pipeline")]
+    return is_exact(row) and not any("different" in part or "error" in part for part in parts)
 
 
 def page(results: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
@@ -129,6 +141,8 @@ def page(results: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
         "",
         _cut_summary(causal),
         "",
+        _staged_summary(causal),
+        "",
     ]
     lines += [*COLUMNS, *(_line(row) for row in exact)]
     lines += ["", "## Other heads", "", "The same for models that are no causal language models.", ""]
@@ -136,6 +150,9 @@ def page(results: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
     lines += ["", "## What stays whole on every rank", "", WHOLE, ""]
     lines += ["| architecture | cut | matrices | not reached | what the plan says |", "|---|---:|---|---|---|"]
     lines += [_whole_line(row) for row in [*exact, *others] if _says_something(row.get("tensor", {}))]
+    refused = [row for row in [*exact, *others] if row.get("pipeline", {}).get("notes")]
+    lines += ["", "## Refused in a pipeline", "", "| architecture | why |", "|---|---|"]
+    lines += [f"| `{label(row)}` | {_escaped('; '.join(row['pipeline']['notes']))} |" for row in refused]
     lines += ["", "## Not in the table", "", "| architecture | why |", "|---|---|"]
     lines += [
         f"| `{label(row)}` | {reasons.get(label(row)) or _unexplained(row)} |" for row in causal if not is_exact(row)
@@ -163,6 +180,16 @@ def _cut_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _staged_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many causal models train exactly in two stages."""
+    found = [row.get("pipeline", {}) for row in rows]
+    exact = sum("worst" in part and "different" not in part for part in found)
+    refused = sum("notes" in part for part in found)
+    wrong = sum("different" in part for part in found)
+    verdict = "none trains with other numbers than one process" if not wrong else f"{wrong} differ"
+    return f"Pipelines: {exact} of {len(rows)} train exactly in two stages, {refused} are refused with the reason; {verdict}."
+
+
 def _line(row: Mapping[str, Any]) -> str:
     blocks = " + ".join(map(str, row.get("blocks", ()))) or "none"
     cells = [f"`{row['architecture']}`", row.get("class", ""), f"{row.get('parameters', 0):,}", blocks]
@@ -182,7 +209,20 @@ def _line(row: Mapping[str, Any]) -> str:
             _percent(tensor["share"]),
             *("yes" if tensor[key] else "" for key in ("sequence", "vocabulary")),
         ]
+    cells.append(_staged(row.get("pipeline", {"error": "was not run"})))
     return f"| {' | '.join(cells)} |"
+
+
+def _staged(pipeline: Mapping[str, Any]) -> str:
+    """The cell of a pipeline."""
+    if "error" in pipeline:
+        return f"not understood: {_escaped(pipeline['error'])}"
+    if "worst" not in pipeline:
+        return "refused"
+    if "different" in pipeline:
+        return f"**differs**: {_escaped(pipeline['different'])}"
+    crossing = "" if pipeline["crossing"] == 1 else f" ({pipeline['crossing']})"
+    return _bound(pipeline["worst"]) + crossing
 
 
 def _says_something(tensor: Mapping[str, Any]) -> bool:
@@ -246,13 +286,20 @@ def checked_row(
     model: SmallModel, pool: WorkerPool, comparisons: Sequence[str], kept: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A row anew; of comparisons that are not asked for, what was kept."""
-    from colossal_launch.architectures import check_stages, check_tensor
+    from colossal_launch.architectures import check_pipeline, check_stages, check_tensor
 
     row = row_of(model)
-    of_tensor = {key: value for key, value in kept.items() if key == "tensor"}
-    of_stages = {key: value for key, value in kept.items() if key not in {"tensor", *row}}
+    of_stages = {key: value for key, value in kept.items() if key not in {"tensor", "pipeline", *row}}
     row |= stage_keys(check_stages(model, pool)) if "stages" in comparisons else of_stages
-    return row | ({"tensor": tensor_keys(check_tensor(model, pool))} if "tensor" in comparisons else of_tensor)
+    if "tensor" in comparisons:
+        row["tensor"] = tensor_keys(check_tensor(model, pool))
+    elif "tensor" in kept:
+        row["tensor"] = kept["tensor"]
+    if "pipeline" in comparisons:
+        row["pipeline"] = pipeline_keys(check_pipeline(model, pool))
+    elif "pipeline" in kept:
+        row["pipeline"] = kept["pipeline"]
+    return row
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -260,7 +307,8 @@ def verdict(row: Mapping[str, Any]) -> str:
     tensor = row.get("tensor", {})
     stages = "exact" if is_exact(row) else row.get("error") or row.get("different", "not run")
     cut = tensor.get("error") or tensor.get("different") or ("exact" if is_cut_exactly(row) else "nothing cut")
-    return f"stages {stages}; tensor {cut}, {_percent(tensor.get('share', 0.0))} cut"
+    staged = _staged(row.get("pipeline", {"error": "was not run"}))
+    return f"stages {stages}; tensor {cut}, {_percent(tensor.get('share', 0.0))} cut; pipeline {staged}"
 
 
 def sweep(
@@ -314,7 +362,7 @@ def main(arguments: Sequence[str]) -> int:
         help="architectures (llama, bert:masked-lm), separated by commas; run again even where they were exact",
     )
     parser.add_argument(
-        "--compare", default=",".join(COMPARISONS), help="stages, tensor, or both, separated by a comma"
+        "--compare", default=",".join(COMPARISONS), help="stages, tensor, pipeline, separated by commas"
     )
     parser.add_argument("--jobs", type=int, default=1, help="how many models at a time, each on two processes")
     parser.add_argument("--seconds", type=float, default=120.0, help="the time limit for each comparison of a model")
@@ -330,7 +378,8 @@ def main(arguments: Sequence[str]) -> int:
     reasons = json.loads(REASONS.read_text(encoding="utf-8"))
     left = [label(row) for row in results["rows"] if not is_sound(row)]
     unexplained = [name for name in left if name not in reasons]
-    print(_cut_summary([row for row in results["rows"] if "head" not in row]))
+    causal = [row for row in results["rows"] if "head" not in row]
+    print(_cut_summary(causal), _staged_summary(causal), sep="\n")
     print(
         f"{len(results['rows']) - len(left)} of {len(results['rows'])} are exact; not understood: {', '.join(unexplained) or 'none'}"
     )

@@ -1,7 +1,8 @@
-"""One model of transformers, trained under stages of ZeRO and under tensor parallelism beside one process in float64: a row of the table.
+"""One model of transformers, trained under stages of ZeRO, under tensor parallelism and in a pipeline beside one process in float64: a row
+of the table.
 
-`compare_stages` and `compare_tensor` are what every rank does; `check_stages` and `check_tensor` run them in a pool and tell the results,
-or what went wrong, as data.
+`compare_stages`, `compare_tensor` and `compare_pipeline` are what every rank does; `check_stages`, `check_tensor` and `check_pipeline` run
+them in a pool and tell the results, or what went wrong, as data.
 """
 
 from __future__ import annotations
@@ -93,6 +94,19 @@ class TensorResult:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a pipeline of two stages made of a model. worst: as of a stage; None where the plan was refused, with `notes`. crossing: the
+    number of tensors that cross between the stages. error: the last line of what went wrong, "" where it ran.
+    """
+
+    worst: Row | None = None
+    passed: bool = False
+    crossing: int = 0
+    notes: tuple[str, ...] = ()
+    error: str = ""
+
+
 def spec_of(model: SmallModel, micro_size: int = 1) -> RunSpec:
     """The run: four sequences a step, AdamW with clipping, float64. With one sequence a microbatch each of two data ranks has two of them,
     and with two sequences one rank, or several that work on the same ones, has.
@@ -160,6 +174,28 @@ def compare_tensor(collectives: Collectives, model: SmallModel) -> TensorResult:
     )
 
 
+def compare_pipeline(collectives: Collectives, model: SmallModel) -> PipelineResult:
+    """On every rank: the oracle, alone, then two stages, one a rank, compared. Communication: that of the steps."""
+    from colossal_core.testing import compare
+    from colossal_core.testing.parity import record_end, record_step, share_of_step, start
+
+    whole = spec_of(model)
+    spec = whole.with_overrides({"parallel.pipeline": {"size": NUM_RANKS}})
+    try:
+        trained = start(spec, collectives)
+    except ConfigError as error:
+        return PipelineResult(notes=tuple(problem.reason for problem in error.problems))
+    shares = (share_of_step(spec, trained.plan, collectives.rank, step) for step in range(spec.num_steps))
+    record = record_end(trained, [record_step(trained, share) for share in shares])
+    rows = compare(record, _oracle(whole, collectives))
+    found: Any = trained.plan.data["pipeline"]
+    return PipelineResult(
+        worst=max(rows, key=lambda row: _size(row.difference)),
+        passed=all(row.passed for row in rows),
+        crossing=max(map(len, found["crossing"])),
+    )
+
+
 def matrices_of(model: nn.Module) -> tuple[str, ...]:
     """The parameters with two dimensions or more, by name. What is looked up and never multiplied is none: a table of embeddings is one
     where it is the head too.
@@ -215,6 +251,12 @@ def check_tensor(model: SmallModel, pool: WorkerPool) -> TensorResult:
     return max(results, key=_difference) if results else TensorResult(error=error)
 
 
+def check_pipeline(model: SmallModel, pool: WorkerPool) -> PipelineResult:
+    """Two stages on two ranks of the pool, the worse rank's result. Never raises for what a model does."""
+    results, error = _tried(pool, compare_pipeline, model)
+    return max(results, key=_difference) if results else PipelineResult(error=error)
+
+
 def _tried(pool: WorkerPool, function: Callable[..., T], model: SmallModel) -> tuple[list[T], str]:
     """Every rank's answer, or none and the last line of what went wrong."""
     try:
@@ -235,7 +277,7 @@ def _oracle(spec: RunSpec, collectives: Collectives) -> RunRecord:
     return record_run(oracle_of(spec), SingleProcess(collectives.device))
 
 
-def _difference(result: TensorResult) -> float:
+def _difference(result: TensorResult | PipelineResult) -> float:
     return _size(result.worst.difference) if result.worst is not None else 0.0
 
 

@@ -157,11 +157,16 @@ def _loader_name(number: int) -> str:
 
 
 def _meta_values(model: nn.Module, assembly: Assembly, weights: WeightSource | None, seed: int) -> Any:
-    """Values for a model whose parameters are on the meta device; the structure is copied before the model is taken apart."""
+    """Values for a model whose parameters are on the meta device; the structure is copied before the model is taken apart. Blocks of other
+    pipeline stages are neither drawn nor read.
+    """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return None
     from colossal_launch.models.initialise import InitialWeights
     from colossal_launch.models.weights import all_values
 
     source = weights if weights is not None else InitialWeights(model, seed)
-    return all_values(source, assembly.anatomy.blocks)
+    coordinate = assembly.plan.mesh.coordinate(session.rank())
+    layouts = assembly.plan.layouts.values()
+    held = {layout.block for layout in layouts if layout.compute.is_present(coordinate)}
+    return all_values(source, assembly.anatomy.blocks, held)

@@ -30,10 +30,13 @@ SEQUENCE_LENGTH = 16
 
 @dataclass(frozen=True)
 class ShrunkModel:
-    """Builds the shrunk transformers model of a config, with real random weights. settings: the `model` section, as JSON."""
+    """Builds the shrunk transformers model of a config, with real random weights. settings: the `model` section, as JSON. min_depth: layers
+    that stay at least.
+    """
 
     settings: str
     vocab_size: int
+    min_depth: int = 0
 
     def config(self) -> Any:
         """The shrunk transformers config, and dropout inside attention turned off."""
@@ -48,7 +51,7 @@ class ShrunkModel:
             from transformers import AutoConfig
 
             full = AutoConfig.from_pretrained(str(section.pretrained), **section.config)
-        small = shrink_config(full, section.verify_config)
+        small = shrink_config(full, section.verify_config, min_depth=self.min_depth)
         for key in FUSED_DROPOUT_KEYS:
             if getattr(small, key, 0.0):
                 setattr(small, key, 0.0)
@@ -140,7 +143,9 @@ def verification_of(setup: Setup) -> Verification:
         spec = RunSpec(config, model, ExampleBatches(section.example_batch), loss_fn=section.loss)
         return Verification(spec, (*notes, *_unkeyed_notes(model())))
     size = 257 if setup.config.data is not None and setup.config.data.tokenizer == "bytes" else 4096
-    shrunk = ShrunkModel(section.model_dump_json(exclude_unset=True), size)
+    stages = setup.plugins.axis_sizes(setup.config).get("pp", 1)
+    min_depth = 2 * stages if stages > 1 else 0  # two stages on each rank, as some schedules have them
+    shrunk = ShrunkModel(section.model_dump_json(exclude_unset=True), size, min_depth)
     small = shrunk.config()
     text = small.get_text_config()
     vocab_size = getattr(text, "vocab_size", None)

@@ -1,5 +1,5 @@
 """Fifteen causal language models that are as different as possible, each under stages 1 and 3 on two ranks beside one process in float64;
-and fifteen models, four of them with other heads, whose matrices two ranks share.
+and fifteen models, four of them with other heads, whose matrices two ranks share, and which two ranks run in two stages.
 
 `nox -s architectures` runs all that transformers has.
 """
@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("transformers", reason="builds models of transformers")
 pytest.importorskip("colossal_zero")
 pytest.importorskip("colossal_tensor")
+pytest.importorskip("colossal_pipeline")
 
 from colossal_core.testing import EXACT, WorkerPool
-from colossal_launch.architectures import NUM_RANKS, STAGES, check_stages, check_tensor, spec_of
+from colossal_launch.architectures import NUM_RANKS, STAGES, check_pipeline, check_stages, check_tensor, spec_of
 from colossal_launch.models.small import SmallBatches, SmallModel, causal_architectures
 
 SAMPLE = {
@@ -59,6 +60,8 @@ CUT = {
     SmallModel("whisper", "speech-to-text"): "sound, convolutions before the encoder",
 }
 """Models whose matrices are cut, and what each is there for."""
+CROSSING = {"t5": 4, "whisper": 2}
+"""Tensors that cross between an encoder and a decoder: what the encoder made, the stream of the decoder, and T5's position biases."""
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +92,21 @@ def test_half_of_the_matrices_or_more_are_cut_and_exact(model: SmallModel, pool:
     )
 
 
+@pytest.mark.parametrize("model", CUT, ids=lambda model: model.architecture)
+def test_two_stages_are_exact(model: SmallModel, pool: WorkerPool) -> None:
+    found = check_pipeline(model, pool)
+    assert found.error == ""
+    assert found.worst is not None, found.notes
+    assert found.passed, found.worst
+    assert found.crossing == CROSSING.get(model.architecture, 1)
+
+
 def test_what_a_model_does_wrong_is_told_in_a_line(pool: WorkerPool) -> None:
     found = check_stages(SmallModel("lama"), pool)
     assert (found.passed, found.facts, found.stages) == (False, None, ())
     assert "the installed transformers has no such architecture" in found.error
     assert check_tensor(SmallModel("lama"), pool).error == found.error
+    assert check_pipeline(SmallModel("lama"), pool).error == found.error
 
 
 def test_models_are_small_and_without_dropout() -> None:

@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("colossal_zero")
 pytest.importorskip("colossal_tensor")
+pytest.importorskip("colossal_pipeline")
 
 from colossal_core.testing import EXACT, RunRecord, RunSpec, WorkerPool, compare, relative_difference, table
 from colossal_core.testing.models import TinyModel, TinyOptions, TokenBatches
@@ -32,15 +33,18 @@ DROPOUT = TinyOptions(dropout=0.2)
 
 @dataclass(frozen=True)
 class Way:
-    """A way of spreading: the sections `parallel.zero` and `parallel.tensor`. data_size: the ranks that get sequences of their own."""
+    """A way of spreading: the sections `parallel.zero`, `parallel.tensor` and `parallel.pipeline`. data_size: the ranks that get sequences
+    of their own.
+    """
 
     zero: Mapping[str, Any]
     tensor: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
     data_size: int = 2
 
     @property
     def num_ranks(self) -> int:
-        return self.data_size * int(self.tensor.get("size", 1))
+        return self.data_size * int(self.tensor.get("size", 1)) * int(self.pipeline.get("size", 1))
 
 
 WAYS: Mapping[str, Way] = {
@@ -56,16 +60,25 @@ WAYS: Mapping[str, Way] = {
     "tensor 2, sequence whole": Way({}, {"size": 2, "sequence_parallel": False}, data_size=1),
     "tensor 2 x stage 1": Way({"stage": 1}, {"size": 2, "sequence_parallel": True}),
     "tensor 2 x stage 3": Way({"stage": 3}, {"size": 2, "sequence_parallel": True}),
+    "pipeline 2": Way({}, pipeline={"size": 2}, data_size=1),
+    "pipeline 2, split": Way({}, pipeline={"size": 2, "schedule": "zb-h1"}, data_size=1),
+    "pipeline 2 x stage 1": Way({"stage": 1}, pipeline={"size": 2}),
+    "pipeline 2 x stage 3": Way({"stage": 3}, pipeline={"size": 2}),
+    "pipeline 2 x tensor 2": Way({}, {"size": 2, "sequence_parallel": True}, {"size": 2}, data_size=1),
 }
 
-ONE_AXIS = tuple(name for name, way in WAYS.items() if not way.tensor)
+WITHOUT_TENSOR = tuple(name for name, way in WAYS.items() if not way.tensor)
 TENSOR = ("tensor 2", "tensor 2 x stage 1", "tensor 2 x stage 3")
 ALL_TENSOR = tuple(name for name, way in WAYS.items() if way.tensor)
+PIPELINE = tuple(name for name, way in WAYS.items() if way.pipeline)
 
-STAGES = ("stage 0", "stage 1", "stage 2", "stage 3", "3, `replicate: 2`", *TENSOR)
+STAGES = ("stage 0", "stage 1", "stage 2", "stage 3", "3, `replicate: 2`", *TENSOR, *PIPELINE)
 """For what does not depend on how long parameters stay."""
 
-FEW = ("stage 1", "stage 3", "3, `replicate: 2`")
+WHOLE_BACKWARD = tuple(name for name in STAGES if name != "pipeline 2, split")
+"""For what has no backward pass in two parts."""
+
+FEW = ("stage 1", "stage 3", "3, `replicate: 2`", "pipeline 2 x stage 1")
 """For what depends on whether masters are sharded alone."""
 
 
@@ -86,7 +99,11 @@ class Thing:
             "batch": {"global_size": GLOBAL_SIZE, "micro_size": size},
             "precision": "fp64",
             "optimizer": {"name": "adamw", "lr": 1.0e-3, "max_grad_norm": None, **self._adam_eps(), **self.optimizer},
-            "parallel": {"zero": {**found.zero, "bucket_bytes": 9000}, "tensor": dict(found.tensor)},
+            "parallel": {
+                "zero": {**found.zero, "bucket_bytes": 9000},
+                "tensor": dict(found.tensor),
+                "pipeline": dict(found.pipeline),
+            },
         }
         spec = RunSpec(config, TinyModel(self.options), TokenBatches(), num_steps=2, task="causal-lm")
         return spec.with_overrides(self.overrides)
@@ -112,7 +129,7 @@ EXACTLY: Mapping[str, Thing] = {
     "microbatches": Thing(num_microbatches=2),
     "tied": Thing(options=TinyOptions(dropout=0.0), ways=STAGES),
     "shared, frozen, unused": Thing(
-        options=TinyOptions(shared=True, frozen=True, unused=True, dropout=0.0), ways=ONE_AXIS
+        options=TinyOptions(shared=True, frozen=True, unused=True, dropout=0.0), ways=WITHOUT_TENSOR
     ),
     "frozen, unused": Thing(options=TinyOptions(frozen=True, unused=True, dropout=0.0), ways=ALL_TENSOR),
     "dropout": Thing(options=DROPOUT, num_microbatches=2),
@@ -120,7 +137,7 @@ EXACTLY: Mapping[str, Thing] = {
     "`recompute: selective`": Thing(
         {"recompute": {"mode": "selective"}}, options=DROPOUT, num_microbatches=2, ways=STAGES
     ),
-    "`compile`": Thing(COMPILED, options=DROPOUT, num_microbatches=2, ways=STAGES),
+    "`compile`": Thing(COMPILED, options=DROPOUT, num_microbatches=2, ways=WHOLE_BACKWARD),
 }
 """Beside one process in float64."""
 

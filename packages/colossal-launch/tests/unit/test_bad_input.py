@@ -69,6 +69,7 @@ CASES = (
             "optimizer steps)\n"
         ),
         setting("batch.globl_size=8", "train.num_steps=0", "parallel.pipeline.size=2"),
+        {"COLOSSAL_PLUGINS": "comm"},
     ),
     Case(
         "no source of the model",
@@ -154,6 +155,7 @@ CASES = (
             "install colossal-pipeline\n"
         ),
         setting("parallel.pipeline.size=2"),
+        {"COLOSSAL_PLUGINS": "comm"},
     ),
     Case(
         "missing package tensor",

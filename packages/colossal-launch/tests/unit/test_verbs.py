@@ -128,6 +128,45 @@ def test_plan_of_many_ranks_needs_none(project: Path, capsys: pytest.CaptureFixt
     assert "state flat over dp_shard" in output
 
 
+NO_PIPELINE = "the plan has no pipeline: every rank runs its microbatches one after another, each forward and backward"
+
+
+def test_plan_shows_the_schedule_of_a_pipeline(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("colossal_pipeline")
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("COLUMNS", "100")
+    sizes = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, tie_word_embeddings: true"
+    words = [
+        "plan",
+        "run.yaml",
+        "-w",
+        "2",
+        "--show-schedule",
+        "--set",
+        "batch.micro_size=2",
+        "--set",
+        "parallel.pipeline.size=2",
+    ]
+    lines = printed([*words, "--set", f"model={{architecture: llama, config: {{{sizes}}}}}"], capsys).splitlines()
+    sent = next(line for line in lines if line.startswith("sent "))
+    assert re.fullmatch(r"sent        shard 0 B, dp_replicate 0 B, pp [\d.]+ KiB, tp 0 B a rank and step", sent)
+    first = lines.index("schedule    1f1b, 2 stages on 2 ranks, 4 microbatches")
+    assert [line.split(":")[0] for line in lines[-2:]] == ["rank 0", "rank 1"]
+    assert lines[first + 2].startswith("rank 0 F0")
+
+
+def test_plan_without_a_pipeline_has_no_schedule_to_show(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(["plan", "run.yaml", "--show-schedule"], capsys).splitlines()[-1] == f"schedule    {NO_PIPELINE}"
+    with pytest.raises(SystemExit) as left:
+        run(["plan", "run.yaml", "--picture", "schedule.png"])
+    assert left.value.code == 2
+    told = f"error: --picture='schedule.png': {NO_PIPELINE}: give parallel.pipeline.size, or leave it out\n"
+    assert capsys.readouterr().err == told
+    assert not (project / "schedule.png").exists()
+
+
 def test_plan_prints_the_schema_of_the_config(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     del project
     schema = json.loads(printed(["plan", "run.yaml", "--schema"], capsys))

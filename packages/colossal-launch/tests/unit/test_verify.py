@@ -85,7 +85,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("colossal_core.testing.default_variants", lambda world_size, model_size: (STAGE_1,))
+    monkeypatch.setattr("colossal_core.testing.default_variants", lambda world_size, model_size, count: (STAGE_1,))
     assert run_command(config, world_size=2, mutant=mutant) == status
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("note: LlamaForCausalLM, shrunk to ")

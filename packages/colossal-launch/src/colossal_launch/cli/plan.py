@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,12 @@ def plan(
     world_size: Annotated[int, typer.Option("--world-size", "-w", min=1, help="Number of ranks to plan for.")] = 1,
     overrides: Overrides = None,
     layouts: Annotated[bool, typer.Option(help="Print the layout of every parameter.")] = False,
+    show_schedule: Annotated[
+        bool, typer.Option("--show-schedule", help="Print in which order the ranks of a pipeline work, as a time line.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw that time line into a PNG file, too.", show_default=False)
+    ] = None,
     schema: Annotated[bool, typer.Option(help="Print the JSON schema of the config instead.")] = False,
     debug: Debug = False,
 ) -> int:
@@ -32,6 +39,8 @@ def plan(
         colossal plan run.yaml --world-size 64
 
         colossal plan run.yaml --world-size 8 --set parallel.zero.stage=1 --layouts
+
+        colossal plan run.yaml -w 4 --set parallel.pipeline.size=4 --show-schedule --picture schedule.png
 
         colossal plan run.yaml --schema > colossal.schema.json
     """
@@ -59,7 +68,26 @@ def plan(
             say(
                 f"  {layout.full_name} {list(layout.shape)} compute {layout.compute.cut_axes} state {layout.state.cut_axes}"
             )
+    if show_schedule or picture is not None:
+        say(schedule_text(setup, assembly, picture))
     return 0
+
+
+def schedule_text(setup: Setup, assembly: Assembly, picture: Path | None) -> str:
+    """The time line of the plan's program, by the strategy that wrote it. picture: the PNG file that gets it too.
+
+    Raises: ConfigError where a picture is asked for and there is no pipeline to draw.
+    """
+    from colossal_core.errors import ConfigError, Problem
+
+    active = {strategy.name for strategy in assembly.strategies}
+    for spec in setup.plugins.strategies():
+        if spec.name in active and spec.show_schedule is not None:
+            return spec.show_schedule(assembly.plan, assembly.anatomy, picture)
+    reason = "the plan has no pipeline: every rank runs its microbatches one after another, each forward and backward"
+    if picture is not None:
+        raise ConfigError([Problem("--picture", reason, "give parallel.pipeline.size, or leave it out", str(picture))])
+    return f"schedule    {reason}"
 
 
 def _has_own_loss(setup: Setup) -> bool:
@@ -73,11 +101,12 @@ def _device_type(setup: Setup) -> str:
 
 
 def memory_lines(assembly: Assembly, estimator: PeakEstimator) -> list[str]:
-    """Bytes of each kind on the fullest rank at the peak of a step, and bytes sent."""
+    """Bytes of each kind on the fullest rank at the peak of a step, and bytes sent; along pp where there is a pipeline."""
     from colossal_core.memory_report import in_units, peak_lines
 
     table = estimator.table()
-    sent = [f"{axis} {in_units(int(table.column(f'bytes_{axis}')[0]))}" for axis in ("shard", "dp_replicate", "tp")]
+    axes = ("shard", "dp_replicate", *(("pp",) if assembly.plan.mesh.size("pp") > 1 else ()), "tp")
+    sent = [f"{axis} {in_units(int(table.column(f'bytes_{axis}')[0]))}" for axis in axes]
     return [
         f"memory      of one rank, {assembly.plan.batch.micro_size} sequences at once, by estimate:",
         *peak_lines(estimator.estimate()),

@@ -16,6 +16,14 @@ def verify(
         int, typer.Option("--world-size", "-w", min=1, max=16, help="Ranks to compare with one process.")
     ] = 2,
     overrides: Overrides = None,
+    microbatches: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Microbatches of a step. Default: 2; with a pipeline twice its size and one.",
+            show_default=False,
+        ),
+    ] = None,
     mutant: Annotated[
         str | None, typer.Option(help="Plant a fault, to see that it is caught: the exit status is then 1.")
     ] = None,
@@ -30,17 +38,23 @@ def verify(
 
         colossal verify run.yaml --set "model={architecture: gpt2}"
 
+        colossal verify run.yaml --world-size 4 --set parallel.pipeline.size=2 --microbatches 4
+
         colossal verify run.yaml --mutant forgotten-all-reduce
     """
     del debug
-    from colossal_core.testing import WorkerPool, default_variants, model_size_of
+    from colossal_core.testing import WorkerPool, default_variants, model_size_of, num_microbatches_of
     from colossal_core.testing.verification import verify as run_verification
     from colossal_core.testing.verification import with_mutant
     from colossal_launch.assembly import read_setup
     from colossal_launch.verifying import verification_of
 
     setup = read_setup(config, overrides or [])
-    variants = default_variants(world_size, model_size_of(setup.plugins.axis_sizes(setup.config), world_size))
+    axis_sizes = setup.plugins.axis_sizes(setup.config)
+    count = num_microbatches_of(axis_sizes) if microbatches is None else microbatches
+    variants = default_variants(world_size, model_size_of(axis_sizes, world_size), count)
+    if microbatches is not None:  # a schedule from a file is for this number
+        variants = tuple(variant for variant in variants if variant.num_microbatches == count)
     found = verification_of(setup)
     for note in found.notes:
         say(f"note: {note}")

@@ -64,9 +64,11 @@ def as_value(tensor: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def all_values(source: WeightSource, blocks: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values of the whole model: the rest first, then block by block."""
-    for unit in (REST, *blocks):
+def all_values(
+    source: WeightSource, blocks: Collection[str], held: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values of the whole model: the rest first, then block by block. held: the blocks that are wanted; None: all."""
+    for unit in (REST, *(block for block in blocks if held is None or block in held)):
         yield from source.values(unit, blocks)
 
 
