@@ -60,8 +60,10 @@ CUT = {
     SmallModel("whisper", "speech-to-text"): "sound, convolutions before the encoder",
 }
 """Models whose matrices are cut, and what each is there for."""
-CROSSING = {"t5": 4, "whisper": 2}
-"""Tensors that cross between an encoder and a decoder: what the encoder made, the stream of the decoder, and T5's position biases."""
+CROSSING = {"t5": 4}
+"""Tensors that cross where there are several: between T5's encoder and decoder, in front of the second block of the latter. Whisper's
+cut, by its balance, lies inside the encoder.
+"""
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ def shown(difference: float) -> str:
     return "exact" if difference == 0.0 else f"< {10.0 ** math.ceil(math.log10(difference)):.0e}"
 
 
+@pytest.mark.timeout(900)  # a dozen runs, each of which the pool limits; compiling takes minutes on a slow machine
 @pytest.mark.parametrize("name", EXACTLY)
 def test_is_exact(name: str, pool: WorkerPool, cells: dict[tuple[str, str], str]) -> None:
     """Loss, gradients, norm, parameters and states on every rank after two steps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -48,16 +47,3 @@ def test_stages_given_by_the_user(run_of: Run, exact: Exact, blocks: list[int]) 
 @pytest.mark.parametrize("optimizer", ["sgd"])
 def test_optimizers(run_of: Run, exact: Exact, optimizer: str) -> None:
     exact(run_of("llama", {"parallel.pipeline": {"size": 2}}, optimizer=optimizer), 2)
-
-
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize(("kind", "schedule"), [("llama", WHOLE), ("llama", SPLIT), ("gpt2", WHOLE), ("gpt2", "zbv")])
-def test_tensor_parallelism_inside_a_stage(
-    run_of: Run, exact: Exact, kind: str, schedule: str, sequence_parallel: bool
-) -> None:
-    pytest.importorskip("colossal_tensor")
-    parallel: dict[str, Any] = {
-        "parallel.pipeline": {"size": 2, "schedule": schedule},
-        "parallel.tensor": {"size": 2, "sequence_parallel": sequence_parallel},
-    }
-    exact(run_of(kind, parallel), 4)

@@ -44,7 +44,6 @@ def test_the_time_line_as_text_and_as_a_picture(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("COLUMNS", "72")
     plan, anatomy = planned("1f1b")
     assert show_schedule(plan, anatomy, None) == TEXT
-    pytest.importorskip("matplotlib")
     path = tmp_path / "schedule.png"
     assert show_schedule(plan, anatomy, path) == f"{TEXT}\npicture     {path}"
     assert path.read_bytes().startswith(b"\x89PNG")
