@@ -135,7 +135,7 @@ def _replace(model: nn.Module, names: Sequence[str], value: torch.Tensor, *, tra
 
 def rank_compute(plan: Plan, strategies: Sequence[Strategy], collectives: Collectives | None) -> RankCompute:
     """For a model that is not in training. collectives: None where no active strategy changes what a rank computes."""
-    changing = tuple(strategy for strategy in strategies if strategy.phase is Phase.SHARD_COMPUTE)
+    changing = tuple(strategy for strategy in strategies if strategy.phase == Phase.SHARD_COMPUTE)
     if not changing:
         return AsItIs()
     assert collectives is not None, f"{[strategy.name for strategy in changing]} need collectives of the plan's mesh"

@@ -68,7 +68,12 @@ def test_a_program_that_cannot_run_is_a_plan_error() -> None:
     layouts = initial_layouts(ModelAnatomy("Nothing", "own-loss", (), ()), MeshLayout())
     draft = PlanDraft(CONFIG, MeshLayout(), BatchPlan(2, 2, 2, 1), layouts, plain_program(1))
     assert list(program_problems(draft)) == []
-    split = draft.with_program(Program(1, ((Action("forward"), Action("backward_input"), Action("backward_weight")),)))
+    actions = (Action("forward"), Action("backward_input"), Action("backward_weight"))
+    alone = draft.with_program(Program(1, (actions,)))
+    assert [str(problem) for problem in program_problems(alone)] == [
+        "program: cuts backward passes in two without stages, which nobody waits for: this is a mistake in a strategy's plan: report it"
+    ]
+    split = draft.with_program(Program(1, (actions,), stage_ranks=(0, 0)))
     assert list(program_problems(split)) == []
     compiled = split.with_decisions("compile", {"layers.0": "block"})
     assert [str(problem) for problem in program_problems(compiled)] == [
