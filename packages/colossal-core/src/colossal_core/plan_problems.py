@@ -85,11 +85,11 @@ def program_problems(draft: PlanDraft) -> Iterable[Problem]:
     if program.num_microbatches != draft.batch.num_microbatches:
         reason = f"is for {program.num_microbatches} microbatches, and a step has {draft.batch.num_microbatches}"
         yield Problem("program", reason, own)
-    unknown = sorted({str(action) for actions in program.actions for action in actions if action.block})
+    every = [action for actions in program.actions for action in actions]
+    unknown = sorted(str(action) for action in every if action.block or action.kind in ("gather", "release"))
     if unknown:
-        yield Problem(
-            "program", f"has actions on single blocks ({unknown[0]}), which the runner does not carry out", own
-        )
+        reason = f"has actions on single blocks, or that gather or release ({unknown[0]}), which the runner does not carry out"
+        yield Problem("program", reason, own)
     if program.num_stages == 1 and missing_parts(program, WHOLE):
         yield Problem("program", "cuts backward passes in two without stages, which nobody waits for", own)
     if draft.decisions.get("compile") and missing_parts(program, WHOLE):

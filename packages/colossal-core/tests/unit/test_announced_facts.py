@@ -84,6 +84,11 @@ def test_a_program_that_cannot_run_is_a_plan_error() -> None:
     assert [str(problem) for problem in program_problems(draft.with_program(wrong))] == [
         "program: has actions for 2 pipeline ranks, and there are 1: this is a mistake in a strategy's plan: report it",
         "program: is for 2 microbatches, and a step has 1: this is a mistake in a strategy's plan: report it",
-        "program: has actions on single blocks (F0/layers.0), which the runner does not carry out: this is a mistake in a strategy's plan: "
-        "report it",
+        "program: has actions on single blocks, or that gather or release (F0/layers.0), which the runner does not carry out: this is a "
+        "mistake in a strategy's plan: report it",
+    ]
+    gathering = Program(1, ((Action("gather"), *plain_program(1).actions[0]),))
+    assert [str(problem) for problem in program_problems(draft.with_program(gathering))] == [
+        "program: has actions on single blocks, or that gather or release (G0), which the runner does not carry out: this is a mistake in "
+        "a strategy's plan: report it",
     ]

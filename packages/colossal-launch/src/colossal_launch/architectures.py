@@ -8,7 +8,7 @@ them in a pool and tell the results, or what went wrong, as data.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from colossal_core.anatomy import ModelAnatomy
     from colossal_core.collectives import Collectives
+    from colossal_core.plan import Plan
     from colossal_core.testing import Row, RunRecord, RunSpec, WorkerPool
 
 T = TypeVar("T")
@@ -146,22 +147,15 @@ def compare_tensor(collectives: Collectives, model: SmallModel) -> TensorResult:
     """On every rank: the oracle, alone, then the ranks together, which share every matrix that can be cut, compared. Communication: that of
     the steps.
     """
-    from colossal_core.testing import compare
-    from colossal_core.testing.parity import record_end, record_step, share_of_step, start
-
     whole = spec_of(model, micro_size=2)
-    spec = whole.with_overrides({"parallel.tensor": {"size": NUM_RANKS}})
     try:
-        trained = start(spec, collectives)
+        plan, record, rows = _beside_oracle(collectives, whole, {"parallel.tensor": {"size": NUM_RANKS}})
     except ConfigError as error:
         return TensorResult(notes=tuple(problem.reason for problem in error.problems))
-    shares = (share_of_step(spec, trained.plan, collectives.rank, step) for step in range(spec.num_steps))
-    record = record_end(trained, [record_step(trained, share) for share in shares])
-    rows = compare(record, _oracle(whole, collectives))
-    matrices = [trained.plan.layouts[name] for name in matrices_of(model())]
+    matrices = [plan.layouts[name] for name in matrices_of(model())]
     left = sorted((layout for layout in matrices if not layout.compute.cut_axes), key=lambda layout: -layout.numel)
     used = {name for step in record.steps for name, gradient in step.gradients.items() if bool(gradient.any())}
-    found: Any = trained.plan.data["tensor"]
+    found: Any = plan.data["tensor"]
     return TensorResult(
         worst=max(rows, key=lambda row: _size(row.difference)),
         passed=all(row.passed for row in rows),
@@ -170,30 +164,36 @@ def compare_tensor(collectives: Collectives, model: SmallModel) -> TensorResult:
         unused=_patterns(layout.full_name for layout in left if layout.full_name not in used),
         sequence=found["plan"]["stream"] is not None,
         vocabulary=bool(found["cutting"]["words"]),
-        notes=tuple(note.removeprefix("tensor: ") for note in trained.plan.notes if note.startswith("tensor: "))[1:],
+        notes=tuple(note.removeprefix("tensor: ") for note in plan.notes if note.startswith("tensor: "))[1:],
     )
 
 
 def compare_pipeline(collectives: Collectives, model: SmallModel) -> PipelineResult:
     """On every rank: the oracle, alone, then two stages, one a rank, compared. Communication: that of the steps."""
-    from colossal_core.testing import compare
-    from colossal_core.testing.parity import record_end, record_step, share_of_step, start
-
-    whole = spec_of(model)
-    spec = whole.with_overrides({"parallel.pipeline": {"size": NUM_RANKS}})
     try:
-        trained = start(spec, collectives)
+        plan, _, rows = _beside_oracle(collectives, spec_of(model), {"parallel.pipeline": {"size": NUM_RANKS}})
     except ConfigError as error:
         return PipelineResult(notes=tuple(problem.reason for problem in error.problems))
-    shares = (share_of_step(spec, trained.plan, collectives.rank, step) for step in range(spec.num_steps))
-    record = record_end(trained, [record_step(trained, share) for share in shares])
-    rows = compare(record, _oracle(whole, collectives))
-    found: Any = trained.plan.data["pipeline"]
+    found: Any = plan.data["pipeline"]
     return PipelineResult(
         worst=max(rows, key=lambda row: _size(row.difference)),
         passed=all(row.passed for row in rows),
         crossing=max(map(len, found["crossing"])),
     )
+
+
+def _beside_oracle(
+    collectives: Collectives, whole: RunSpec, overrides: Mapping[str, Any]
+) -> tuple[Plan, RunRecord, tuple[Row, ...]]:
+    """The plan of a run, its record, and that compared with the same run in this process alone. Raises: ConfigError where it is refused."""
+    from colossal_core.testing import compare
+    from colossal_core.testing.parity import record_end, record_step, share_of_step, start
+
+    spec = whole.with_overrides(overrides)
+    trained = start(spec, collectives)
+    shares = (share_of_step(spec, trained.plan, collectives.rank, step) for step in range(spec.num_steps))
+    record = record_end(trained, [record_step(trained, share) for share in shares])
+    return trained.plan, record, compare(record, _oracle(whole, collectives))
 
 
 def matrices_of(model: nn.Module) -> tuple[str, ...]:

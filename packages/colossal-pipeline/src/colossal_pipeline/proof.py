@@ -6,7 +6,6 @@ Every block becomes a stage of its own, on a copy in which all that other stages
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +16,19 @@ from colossal_core.dataflow import first_line, tensors_in
 from colossal_core.errors import ColossalError
 from colossal_core.examine import examine
 from colossal_core.float64 import Float64Throughout
-from colossal_core.loss import decoder_inputs
 from colossal_core.shadow import Shadow
 from colossal_core.specimen import SpecimenError
+from colossal_core.specimen_trial import batch_for, prepared
 from colossal_core.stages import StageEnd
 from colossal_pipeline.cutting import Cutting, cut
 from colossal_pipeline.skeleton import Skeleton
 
 if TYPE_CHECKING:
-    from colossal_core.anatomy import ModelAnatomy
     from colossal_core.flow import Flow
     from colossal_core.specimen import Specimen
 
 TOLERANCE = 1e-11
 """Largest difference, relative to the largest element of what is compared: sums in another order make 1e-15."""
-SPREAD = 0.05
 SEED = 20_260_101
 
 
@@ -48,7 +45,7 @@ def prove(specimen: Specimen) -> str:
 
 
 def _difference(specimen: Specimen) -> str:
-    model = _prepared(specimen.build())
+    model = prepared(specimen.build())
     anatomy = examine(model)
     if anatomy.flow is None:  # not a model of transformers, whose batches are known
         anatomy = examine(model, specimen.batch())
@@ -56,7 +53,7 @@ def _difference(specimen: Specimen) -> str:
         raise SpecimenError(f"what flows between its blocks is not known: {anatomy.unfollowed}")
     if len(anatomy.flow.blocks) < 2:
         raise SpecimenError("it has one block only")
-    batch = _batch_for(model, specimen.batch(), anatomy)
+    batch = batch_for(model, specimen.batch(), anatomy)
     cutting = cut(anatomy.flow, range(len(anatomy.flow.blocks)))
     # Copies are made of what has not run yet, as in training: a forward pass may change the model for good.
     shadow = Shadow(model)
@@ -163,47 +160,3 @@ def _weighted(outputs: Sequence[Tensor]) -> Tensor:
     for output in outputs:
         total = total + (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum()
     return total
-
-
-def _prepared(model: nn.Module) -> nn.Module:
-    """float64, in training mode (some models then call other code) without dropout, every parameter away from zero and one."""
-    generator = torch.Generator().manual_seed(SEED)
-    model = model.double().train()
-    for module in model.modules():
-        _without_dropout(vars(module))
-        for part in _configs_in(vars(module).get("config")):
-            _without_dropout(vars(part))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(SPREAD * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return model
-
-
-def _without_dropout(attributes: dict[str, Any]) -> None:
-    """Sets every probability of dropping to 0: floats by the name, and `p` of torch's modules."""
-    for key, value in attributes.items():
-        if isinstance(value, float) and ("drop" in key or (key == "p" and "inplace" in attributes)):
-            attributes[key] = 0.0
-
-
-def _configs_in(config: Any) -> list[Any]:
-    """A transformers config and those inside it."""
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [] if config is None else [config, *(found for part in inner for found in _configs_in(part))]
-
-
-def _batch_for(model: nn.Module, batch: Mapping[str, Any], anatomy: ModelAnatomy) -> dict[str, Any]:
-    """The batch as core calls the model for its logits: without labels where it can do without, floats in float64."""
-    given: dict[str, Any] = {
-        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in batch.items()
-    }
-    labels = inspect.signature(model.forward).parameters.get("labels")
-    if labels is not None and labels.default is not inspect.Parameter.empty:
-        found = given.pop("labels", None)
-        if anatomy.task == "seq2seq-lm" and "decoder_input_ids" not in given and found is not None:
-            given["decoder_input_ids"] = decoder_inputs(model, found)
-    if "use_cache" in (anatomy.forward_keys or ()):
-        given["use_cache"] = False
-    return given

@@ -14,7 +14,8 @@ from torch import nn
 from colossal_core.float64 import Float64Throughout
 from colossal_core.functional_dropout import keyed_methods
 from colossal_core.interfaces import ATTENTION_INTERFACE, calls_fused_attention, modules_reaching
-from colossal_tensor.search.proof import Proof, batch_for, configs_in, prepared
+from colossal_core.specimen_trial import batch_for, configs_in, prepared
+from colossal_tensor.search.proof import Proof
 
 if TYPE_CHECKING:
     from colossal_core.specimen import Specimen

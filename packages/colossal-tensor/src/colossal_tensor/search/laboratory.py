@@ -10,8 +10,9 @@ import torch
 from colossal_core.examine import examine
 from colossal_core.float64 import Float64Throughout
 from colossal_core.specimen import SpecimenError
+from colossal_core.specimen_trial import batch_for, prepared
 from colossal_tensor.search.borders import Setting
-from colossal_tensor.search.proof import Proof, batch_for, prepared
+from colossal_tensor.search.proof import Proof
 from colossal_tensor.search.sites import names_of
 from colossal_tensor.search.trace import trace_model
 

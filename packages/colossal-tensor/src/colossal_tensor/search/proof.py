@@ -8,7 +8,6 @@ bias that is added twice is seen. What is whole on every rank is told apart here
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from colossal_core.errors import ColossalError
 from colossal_core.float64 import Float64Throughout
 from colossal_core.keyed_dropout import install_keyed_dropout
 from colossal_core.layout import take_local
-from colossal_core.loss import decoder_inputs
 from colossal_core.mesh import MeshLayout
 from colossal_core.plan import initial_layouts
 from colossal_tensor.group import TensorPlan
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-10
 """The largest relative difference, of each output and each gradient, at which a plan counts as exact."""
-_SPREAD = 0.05
 _PARSING = threading.Lock()
 """Simulated ranks are threads, and Python 3.11 does not parse and compile in two of them at once."""
 
@@ -211,59 +208,12 @@ def _assembled(given: Sequence[Tensor], placement: Any, mesh: MeshLayout) -> Ten
     return full
 
 
-def prepared(model: nn.Module) -> nn.Module:
-    """A small model as proofs need it: float64, in training mode (some models then call other code) without dropout, every parameter away
-    from zero and one.
-    """
-    generator = torch.Generator().manual_seed(20_230_501)
-    model = model.double().train()
-    for module in model.modules():
-        _without_dropout(vars(module))
-        for part in configs_in(vars(module).get("config")):
-            _without_dropout(vars(part))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(parameter + _SPREAD * noise)
-    return model
-
-
 def key_dropouts(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Gives every dropout of a whole model the numbers of one microbatch, as training does before it cuts the model."""
     num_samples = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
     with _PARSING:
         state = install_keyed_dropout(model)
     state.set(seed=0, step=0, sample_ids=torch.arange(num_samples))
-
-
-def _without_dropout(attributes: dict[str, Any]) -> None:
-    """Sets every probability of dropping to 0: floats by the name, and `p` of torch's modules."""
-    for key, value in attributes.items():
-        if isinstance(value, float) and ("drop" in key or (key == "p" and "inplace" in attributes)):
-            attributes[key] = 0.0
-
-
-def configs_in(config: Any) -> list[Any]:
-    """A transformers config and those inside it."""
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [] if config is None else [config, *(found for part in inner for found in configs_in(part))]
-
-
-def batch_for(model: nn.Module, batch: Mapping[str, Any], anatomy: ModelAnatomy) -> dict[str, Any]:
-    """The specimen's batch as core calls the model for its logits: without labels where it can do without, floats in float64."""
-    given: dict[str, Any] = {
-        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in batch.items()
-    }
-    labels = inspect.signature(model.forward).parameters.get("labels")
-    if labels is not None and labels.default is not inspect.Parameter.empty:
-        found = given.pop("labels", None)
-        if anatomy.task == "seq2seq-lm" and "decoder_input_ids" not in given and found is not None:
-            given["decoder_input_ids"] = decoder_inputs(model, found)
-    if "use_cache" in (anatomy.forward_keys or ()):
-        given["use_cache"] = False
-    return given
 
 
 def tensors_in(output: Any) -> list[Tensor]:
