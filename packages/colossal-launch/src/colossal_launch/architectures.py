@@ -170,8 +170,9 @@ def compare_tensor(collectives: Collectives, model: SmallModel) -> TensorResult:
 
 def compare_pipeline(collectives: Collectives, model: SmallModel) -> PipelineResult:
     """On every rank: the oracle, alone, then two stages, one a rank, compared. Communication: that of the steps."""
+    whole = spec_of(model)
     try:
-        plan, _, rows = _beside_oracle(collectives, spec_of(model), {"parallel.pipeline": {"size": NUM_RANKS}})
+        plan, _, rows = _beside_oracle(collectives, whole, {"parallel.pipeline": {"size": NUM_RANKS}})
     except ConfigError as error:
         return PipelineResult(notes=tuple(problem.reason for problem in error.problems))
     found: Any = plan.data["pipeline"]
