@@ -305,7 +305,8 @@ def types(session: nox.Session) -> None:
     """Check types strictly, one package at a time, its tests included."""
     environment = shared(session, "test", "types")
     # One cache for all: torch and transformers are read once, not for each package (4 minutes against 1 on two cores).
-    configuration = ("--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), "--strict")
+    files = ("--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"))
+    configuration = (*files, "--strict")
     for name, folder in PROJECTS.items():
         session.log(f"mypy --strict {name}")
         parts = [part for part in ("src", "tests") if any((folder / part).rglob("*.py"))]
