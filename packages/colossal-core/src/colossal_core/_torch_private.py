@@ -25,13 +25,16 @@ __all__ = [
     "TorchDispatchMode",
     "arguments_written",
     "call_node",
+    "compile_cutting",
     "fused_adamw",
     "hidden_from_dynamo",
     "in_backward",
+    "is_compiled",
     "is_view_op",
     "num_gradients_in",
     "packet_of",
     "raise_recompile_limit",
+    "running_node",
     "selective_contexts",
 ]
 
@@ -138,6 +141,17 @@ def call_node(node: Node, gradients: Sequence[torch.Tensor | None]) -> tuple[tor
     )
 
 
+def is_compiled(node: Node) -> bool:
+    """Whether a node of autograd's graph is a whole compiled graph (by AOTAutograd, with any backend)."""
+    return node.name() == "CompiledFunctionBackward"
+
+
+def running_node() -> Node:
+    """The node whose backward function is being called, by autograd, on this thread."""
+    node: Node = torch._C._current_autograd_node()
+    return node
+
+
 def _fitted(gradient: torch.Tensor, metadata: Any) -> torch.Tensor:
     return gradient.sum_to_size(metadata.shape).to(metadata.dtype)
 
@@ -188,6 +202,23 @@ class OperatorKinds:
     def is_fusible(self, node: torch.fx.Node) -> bool:
         """Whether it is computed inside another kernel: element by element, or a reduction of such."""
         return self._kinds.is_fusible(node)
+
+    def may_move(self, node: torch.fx.Node) -> bool:
+        """Whether a call may run later or twice: an operator of torch's that draws no random numbers, or arithmetic on sizes."""
+        known = isinstance(node.target, OpOverload) or getattr(node.target, "__module__", "") == "_operator"
+        return known and not self._kinds.is_random(node)
+
+    def writes(self, node: torch.fx.Node) -> bool:
+        """Whether a call writes into one of its arguments."""
+        return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A number, or what a symbolic one was in the example that is being compiled; 0 where there was none."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return int(hint) if isinstance(hint, int) else 0
+    return size
 
 
 @dataclass(frozen=True)
@@ -245,3 +276,80 @@ def partitioned(
     if ends and "backward" not in graphs:
         torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
     return PartitionedGraphs(graphs["forward"], graphs.get("backward"), outputs[0] if outputs else len(made))
+
+
+CompilePart = Callable[[torch.fx.GraphModule, Sequence[Any]], tuple[Callable[[list[Any]], Any], Any]]
+"""(part of a graph, its example inputs) -> what to call, with one list of arguments, and the strides of what that returns (None: as the
+graph says).
+"""
+CutBackward = Callable[[torch.fx.GraphModule, Sequence[Any], CompilePart], Callable[[list[Any]], Any] | None]
+"""(backward graph, its example inputs, what compiles a part) -> what to call in its place, None: compile it as it is."""
+
+
+def compile_cutting(
+    backend: str, graph: torch.fx.GraphModule, example_inputs: Sequence[Any], cut: CutBackward
+) -> Callable[..., Any]:
+    """Compiles what Dynamo has traced as the backend of that name does, `inductor` or `aot_eager`, but the backward graph by `cut`.
+
+    Nothing comes from AOTAutograd's own cache, which knows nothing of cuts; inductor's cache of kernels is used. No buffer is given to the
+    backward graph to write over: a part that runs later may read it.
+
+    Tried on torch 2.11.0 and 2.13.0 (CPU).
+    """
+    from torch._functorch import config
+
+    def cut_safely(
+        module: torch.fx.GraphModule, inputs: Sequence[Any], compile_part: CompilePart
+    ) -> Callable[[list[Any]], Any] | None:
+        context = torch._guards.TracingContext.try_get()
+        if context is not None and context.fw_metadata is not None:
+            context.fw_metadata.bw_donated_idxs = []
+        made = cut(module, inputs, compile_part)
+        if made is not None:
+            vars(made)["_boxed_call"] = True  # says that it takes one list of arguments
+        return made
+
+    compiling = _with_inductor if backend == "inductor" else _with_nothing
+    with config.patch(enable_autograd_cache=False):
+        compiled: Callable[..., Any] = compiling(graph, example_inputs, cut_safely)
+    return compiled
+
+
+def _with_inductor(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], cut: CutBackward) -> Any:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(module: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        if not settings.get("is_backward"):
+            return compile_fx_inner(module, inputs, **settings)
+
+        def compile_part(part: torch.fx.GraphModule, part_inputs: Sequence[Any]) -> tuple[Any, Any]:
+            (output,) = (node for node in part.graph.nodes if node.op == "output")
+            output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+            with torch._guards.TracingContext.report_output_strides() as strides:
+                compiled = compile_fx_inner(part, part_inputs, **{**settings, "static_input_idxs": ()})
+            return compiled, strides or None
+
+        made = cut(module, inputs, compile_part)
+        return compile_fx_inner(module, inputs, **settings) if made is None else made
+
+    return compile_fx(graph, list(example_inputs), inner_compile=inner)
+
+
+def _with_nothing(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], cut: CutBackward) -> Any:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def compile_part(part: torch.fx.GraphModule, part_inputs: Sequence[Any]) -> tuple[Any, None]:
+        return boxed_nop(part, list(part_inputs)), None
+
+    def backward(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        made = cut(module, inputs, compile_part)
+        return boxed_nop(module, list(inputs)) if made is None else made
+
+    return aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )(graph, list(example_inputs))

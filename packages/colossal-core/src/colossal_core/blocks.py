@@ -6,16 +6,17 @@ and those of the parameters later. It is made in autograd's graph, so it holds f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from colossal_core.dataflow import tensors_in
-from colossal_core.program import SPLIT, WHOLE, Part
+from colossal_core.program import SPLIT, Part
 from colossal_core.recompute import Forward, recomputation_of, without_cache
 from colossal_core.split_backward import Gradients, SplitBackward
 
@@ -51,10 +52,12 @@ def accumulate_in_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 @dataclass
 class _Kept:
-    """One microbatch between its parts. rerun: makes the outputs with a graph, where the forward pass made none; dtypes: of those."""
+    """One microbatch between its parts. roots: the edges behind the outputs, whose values are not held; None where there is no graph.
+    rerun: makes the outputs with a graph, where the forward pass made none; dtypes: of those.
+    """
 
     inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    roots: tuple[GradientEdge | None, ...]
     rerun: Callable[[], tuple[Tensor, ...]] | None
     split: SplitBackward | None = None
     dtypes: tuple[torch.dtype, ...] = ()
@@ -64,7 +67,7 @@ class EagerBlockRunner:
     """The runner of blocks that run as they are. accumulate: where parameter gradients go. call: what runs the block, None: calling it.
 
     Where the strategy `recompute` has been applied, the runner replays the block itself, once, in `backward` or `backward_input`: torch's
-    checkpointing would run it again for each of the two. A compiled block is one node of the graph: it has no split parts.
+    checkpointing would run it again for each of the two. A compiled block recomputes in its own backward graph.
     """
 
     def __init__(
@@ -72,14 +75,13 @@ class EagerBlockRunner:
         block: nn.Module,
         accumulate: Accumulate = accumulate_in_grad,
         *,
-        compiled: bool = False,
         call: Callable[..., Any] | None = None,
     ) -> None:
-        self.parts = WHOLE if compiled else SPLIT
+        self.parts = SPLIT
         self._block = block
         self._call: Callable[..., Any] = block if call is None else call
         self._accumulate = accumulate
-        self._recomputation = None if compiled else recomputation_of(block)
+        self._recomputation = recomputation_of(block)
         self._kept: dict[int, _Kept] = {}
 
     def forward(self, microbatch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -89,7 +91,7 @@ class EagerBlockRunner:
         inputs = tuple(tensors_in((args, kwargs)))
         if self._recomputation is None:
             output = self._call(*args, **kwargs)
-            self._kept[microbatch] = _Kept(inputs, tuple(tensors_in(output)), None)
+            self._kept[microbatch] = _Kept(inputs, _roots(tensors_in(output)), None)
             return _detached(output)
         args, kwargs = without_cache(args), without_cache(kwargs)
         self._recomputation.measure(args, kwargs)
@@ -107,25 +109,25 @@ class EagerBlockRunner:
         return output
 
     def backward(self, microbatch: int, output_gradients: Gradients) -> Gradients:
-        kept = self._with_outputs(microbatch)
+        kept = self._with_roots(microbatch)
         parameters = self._trainable()
         wanted: list[Tensor] = [tensor for tensor in kept.inputs if tensor.requires_grad]
-        outputs, gradients = _reached(kept.outputs, output_gradients)
+        roots, gradients = _reached(kept.roots, output_gradients)
         targets = [*wanted, *parameters]
         found: Gradients = (None,) * len(targets)
-        if targets and outputs:
-            found = torch.autograd.grad(outputs, targets, gradients, allow_unused=True)
+        if targets and roots:
+            found = torch.autograd.grad(roots, targets, gradients, allow_unused=True)
         del self._kept[microbatch]
         self._add(parameters, found[len(wanted) :])
         return _aligned(kept.inputs, found[: len(wanted)])
 
     def backward_input(self, microbatch: int, output_gradients: Gradients) -> Gradients:
-        kept = self._with_outputs(microbatch)
-        outputs, gradients = _reached(kept.outputs, output_gradients)
+        kept = self._with_roots(microbatch)
+        roots, gradients = _reached(kept.roots, output_gradients)
         wanted = [tensor for tensor in kept.inputs if tensor.requires_grad]
-        kept.split = SplitBackward(outputs, wanted, self._trainable())
-        kept.outputs = ()
-        return _aligned(kept.inputs, kept.split.input_gradients(outputs, gradients))
+        kept.split = SplitBackward(roots, wanted, self._trainable())
+        inputs, kept.inputs, kept.roots = kept.inputs, (), ()
+        return _aligned(inputs, kept.split.input_gradients(roots, gradients))
 
     def backward_weight(self, microbatch: int) -> None:
         kept = self._kept.pop(microbatch)
@@ -137,7 +139,7 @@ class EagerBlockRunner:
         """Of each output of a microbatch that has run, whether a gradient of it leads anywhere."""
         kept = self._kept[microbatch]
         if kept.rerun is None:
-            return tuple(output.requires_grad for output in kept.outputs)
+            return tuple(root is not None for root in kept.roots)
         leads = any(tensor.requires_grad for tensor in kept.inputs) or bool(self._trainable())
         return tuple(leads and dtype.is_floating_point for dtype in kept.dtypes)
 
@@ -149,10 +151,10 @@ class EagerBlockRunner:
         """Whether the input part of a microbatch has run."""
         return self._kept[microbatch].split is not None
 
-    def _with_outputs(self, microbatch: int) -> _Kept:
+    def _with_roots(self, microbatch: int) -> _Kept:
         kept = self._kept[microbatch]
         if kept.rerun is not None:
-            kept.outputs, kept.rerun = kept.rerun(), None
+            kept.roots, kept.rerun = _roots(kept.rerun()), None
         return kept
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -175,11 +177,14 @@ class EagerBlockRunner:
                 self._accumulate(parameter, gradient)
 
 
-def _reached(outputs: Sequence[Tensor], gradients: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs that have both a graph and a gradient, and those gradients."""
-    pairs = zip(outputs, gradients, strict=True)
-    kept = [(output, grad) for output, grad in pairs if output.requires_grad and grad is not None]
-    return [output for output, _ in kept], [grad for _, grad in kept]
+def _roots(outputs: Iterable[Tensor]) -> tuple[GradientEdge | None, ...]:
+    return tuple(get_gradient_edge(output) if output.requires_grad else None for output in outputs)
+
+
+def _reached(roots: Sequence[GradientEdge | None], gradients: Gradients) -> tuple[list[GradientEdge], list[Tensor]]:
+    """The roots that get a gradient, and those gradients."""
+    pairs = [(root, one) for root, one in zip(roots, gradients, strict=True) if root is not None and one is not None]
+    return [root for root, _ in pairs], [one for _, one in pairs]
 
 
 def _aligned(inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Gradients:

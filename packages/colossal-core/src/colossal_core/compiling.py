@@ -16,7 +16,9 @@ from colossal_core._torch_private import raise_recompile_limit
 from colossal_core.errors import Problem
 from colossal_core.ops.compiled_cross_entropy import compiled_cross_entropy
 from colossal_core.ops.table import OpImplementation
+from colossal_core.program import WHOLE, missing_parts
 from colossal_core.recompute import no_blocks
+from colossal_core.split_compiled import IN_TWO
 from colossal_core.strategy import Phase, StrategySpec
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ LOSS = "cross_entropy"
 @dataclass(frozen=True)
 class Compile:
     """The built-in strategy `compile`. Decisions: `compile` -> block -> backend. No communication.
+
+    Under a program that cuts backward passes in two, blocks get two backward graphs (`split_compiled.py`).
 
     Core's own cross-entropy is compiled too, in place of the reference: eager, it is about 3 % of a GPT-2 1.5B step. A faster
     implementation of a plugin, a model's own loss and a user's `loss_fn` are left as they are.
@@ -79,8 +83,10 @@ class Compile:
     def apply(self, model: nn.Module, plan: Plan, context: ApplyContext) -> None:
         decisions = plan.decisions.get("compile", {})
         raise_recompile_limit(len(decisions))
-        for name, backend in decisions.items():
+        in_two = bool(missing_parts(plan.program, WHOLE))
+        for name, chosen in decisions.items():
             block = model.get_submodule(name)
+            backend: Any = IN_TWO[chosen] if in_two else chosen
             compiled = torch.compile(block.forward, backend=backend, dynamic=self.config.dynamic, fullgraph=False)
             vars(block)["forward"] = compiled
         if plan.ops.get(LOSS) == self._provider:

@@ -92,6 +92,16 @@ def program_problems(draft: PlanDraft) -> Iterable[Problem]:
         yield Problem("program", reason, own)
     if program.num_stages == 1 and missing_parts(program, WHOLE):
         yield Problem("program", "cuts backward passes in two without stages, which nobody waits for", own)
-    if draft.decisions.get("compile") and missing_parts(program, WHOLE):
-        reason = "cuts backward passes in two, and a compiled block is one node of the graph, which cannot be cut"
-        yield Problem("program", reason, "leave compile out, or use a schedule with whole backward passes")
+    if missing_parts(program, WHOLE):
+        yield from _whole_backends(draft)
+
+
+def _whole_backends(draft: PlanDraft) -> Iterable[Problem]:
+    """Backends that make one backward graph, under a program that cuts backward passes."""
+    from colossal_core.split_compiled import IN_TWO
+
+    for backend in sorted({*draft.decisions.get("compile", {}).values()} - {*IN_TWO}):
+        reason = "makes one backward graph of a block, and the schedule cuts backward passes in two"
+        yield Problem(
+            "compile.backend", reason, f"use {', '.join(IN_TWO)}, or a schedule with whole backward passes", backend
+        )

@@ -45,6 +45,7 @@ class Recomputation:
     def __init__(self, block: nn.Module, replayed: Sequence[Replayable], memory_budget: float | None = None) -> None:
         self.block = block
         self.original: Forward = block.forward
+        self.installed: Forward | None = None
         self.decision: Decision | None = None
         self._replayed = replayed
         self._memory_budget = memory_budget
@@ -103,13 +104,16 @@ def install(recomputation: Recomputation) -> None:
         return recomputation.forward(args, kwargs)
 
     vars(forward)["recomputation"] = recomputation
-    vars(recomputation.block)["forward"] = forward
+    vars(recomputation.block)["forward"] = recomputation.installed = forward
 
 
 def recomputation_of(block: nn.Module) -> Recomputation | None:
-    """The recomputation that was installed on a block, for a runner that replays it itself."""
-    found = vars(vars(block).get("forward", block)).get("recomputation")
-    return found if isinstance(found, Recomputation) else None
+    """The recomputation that was installed on a block, for a runner that replays it itself. None of a block that was compiled after it:
+    the compiled forward carries the attributes of what it has taken in.
+    """
+    forward = vars(block).get("forward")
+    found = None if forward is None else vars(forward).get("recomputation")
+    return found if isinstance(found, Recomputation) and found.installed is forward else None
 
 
 def without_cache(value: Any) -> Any:

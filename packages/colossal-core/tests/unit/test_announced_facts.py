@@ -75,10 +75,12 @@ def test_a_program_that_cannot_run_is_a_plan_error() -> None:
     ]
     split = draft.with_program(Program(1, (actions,), stage_ranks=(0, 0)))
     assert list(program_problems(split)) == []
-    compiled = split.with_decisions("compile", {"layers.0": "block"})
+    for backend in ("inductor", "aot_eager", "eager"):
+        assert list(program_problems(split.with_decisions("compile", {"layers.0": backend}))) == []
+    compiled = split.with_decisions("compile", {"layers.0": "openxla"})
     assert [str(problem) for problem in program_problems(compiled)] == [
-        "program: cuts backward passes in two, and a compiled block is one node of the graph, which cannot be cut: leave compile out, or "
-        "use a schedule with whole backward passes"
+        "compile.backend='openxla': makes one backward graph of a block, and the schedule cuts backward passes in two: use inductor, "
+        "aot_eager, eager, or a schedule with whole backward passes"
     ]
     wrong = Program(2, (plain_program(2).actions[0], (Action("forward", block="layers.0"),)))
     assert [str(problem) for problem in program_problems(draft.with_program(wrong))] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -150,10 +151,26 @@ def test_an_input_without_gradient_leaves_all_to_the_weight_part() -> None:
         torch.testing.assert_close(mine.grad, its.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_a_compiled_block_lacks_the_split_parts() -> None:
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_the_output_is_not_held(split: bool) -> None:
+    """Once it has been sent nobody needs its values: the backward parts begin at the graph behind it."""
+    block = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+    runner = EagerBlockRunner(block)
+    output = runner.forward(0, (torch.ones(3, 4, requires_grad=True),), {})
+    alive = weakref.ref(output.untyped_storage())
+    assert alive() is not None
+    del output
+    assert alive() is None
+    (found,) = (runner.backward_input if split else runner.backward)(0, (torch.ones(3, 4),))
+    assert found is not None
+    if split:
+        runner.backward_weight(0)
+    assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+def test_what_a_program_asks_of_blocks() -> None:
     split = Program(1, ((Action("forward", 0, 0), Action("backward_input", 0, 0), Action("backward_weight", 0, 0)),))
     assert EagerBlockRunner(nn.Linear(2, 2)).parts == SPLIT
-    assert EagerBlockRunner(nn.Linear(2, 2), compiled=True).parts == WHOLE
     assert missing_parts(split, WHOLE) == ("backward_input", "backward_weight")
     assert missing_parts(split, SPLIT) == ()
     assert missing_parts(plain_program(2), WHOLE) == ()

@@ -16,6 +16,7 @@ from colossal_core.compiling import Compile, compile_spec
 from colossal_core.config import build_config_class, parse_config
 from colossal_core.config.sections import CompileConfig
 from colossal_core.mesh import MeshLayout
+from colossal_core.program import plain_program
 from colossal_core.recompute import Recomputation, install
 from colossal_core.strategy import Phase
 
@@ -57,6 +58,7 @@ class PlanOf:
     def __init__(self, blocks: tuple[str, ...], backend: str) -> None:
         self.decisions = {"compile": dict.fromkeys(blocks, backend)}
         self.ops = {"cross_entropy": "reference"}
+        self.program = plain_program(1)
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,7 @@ class Skeleton:
             self._check_way(run)
         finally:
             self._run = None
+            run.received, run.made = {}, {}  # a pass lives until its last backward part, and needs no values for it
 
     def _check_way(self, run: _Run) -> None:
         """Raises: ColossalError where a pass has come to its end without some call that the plan counts on."""

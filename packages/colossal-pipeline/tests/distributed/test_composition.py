@@ -12,6 +12,7 @@ Run = Callable[..., RunSpec]
 Exact = Callable[[RunSpec, int], None]
 
 WHOLE, SPLIT = "1f1b", "zb-h1"
+COMPILED = {"enabled": True, "backend": "aot_eager"}
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -25,9 +26,34 @@ def test_recomputed_blocks(run_of: Run, exact: Exact, schedule: str, recompute: 
 def test_compiled_blocks(run_of: Run, exact: Exact, schedule: str) -> None:
     overrides = {
         "parallel.pipeline": {"size": 2, "schedule": schedule},
-        "compile": {"enabled": True, "backend": "aot_eager"},
+        "compile": COMPILED,
     }
     exact(run_of("llama", overrides), 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "recompute"), [("zb-h1", "none"), ("zb-h1", "selective"), ("zbv", "none"), ("zbv", "full")]
+)
+def test_compiled_blocks_in_two_parts(run_of: Run, exact: Exact, schedule: str, recompute: str) -> None:
+    """Each has two backward graphs, of which the second runs when the schedule says so."""
+    overrides = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "compile": COMPILED,
+        "recompute": {"mode": recompute},
+    }
+    exact(run_of("llama", overrides), 2)
+
+
+def test_compiled_blocks_of_which_some_are_frozen(run_of: Run, exact: Exact) -> None:
+    """Nothing flows back into the first block that is trained: it leaves all to its weight part."""
+    overrides = {"parallel.pipeline": {"size": 2, "schedule": SPLIT}, "compile": COMPILED}
+    exact(run_of("llama", overrides, frozen=("model.embed_tokens", "model.layers.0", "model.layers.2.mlp")), 2)
+
+
+def test_compiled_blocks_with_dropout(run_of: Run, exact: Exact) -> None:
+    """What a microbatch has drawn is part of its own call of a block, of which several are under way."""
+    overrides = {"parallel.pipeline": {"size": 2, "schedule": SPLIT}, "compile": COMPILED}
+    exact(run_of("gpt2", overrides, {"resid_pdrop": 0.3}), 2)
 
 
 @pytest.mark.parametrize(

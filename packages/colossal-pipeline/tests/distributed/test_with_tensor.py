@@ -27,3 +27,13 @@ def test_tensor_parallelism_inside_a_stage(
         "parallel.tensor": {"size": 2, "sequence_parallel": sequence_parallel},
     }
     exact(run_of(kind, parallel), 4)
+
+
+def test_compiled_blocks_in_two_parts(run_of: Run, exact: Exact) -> None:
+    """A part that communicates does so in the same order on all ranks of a stage."""
+    parallel: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2, "schedule": SPLIT},
+        "parallel.tensor": {"size": 2},
+        "compile": {"enabled": True, "backend": "aot_eager"},
+    }
+    exact(run_of("llama", parallel), 4)

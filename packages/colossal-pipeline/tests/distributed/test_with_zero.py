@@ -27,6 +27,19 @@ def test_every_stage(run_of: Run, exact: Exact, schedule: str, stage: int) -> No
     exact(run_of("llama", overrides), 4)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "stage", "recompute"), [("zb-h1", 0, "full"), ("zb-h1", 3, "none"), ("zbv", 3, "selective")]
+)
+def test_compiled_blocks_in_two_parts(run_of: Run, exact: Exact, schedule: str, stage: int, recompute: str) -> None:
+    overrides: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "parallel.zero": {"stage": stage},
+        "compile": {"enabled": True, "backend": "aot_eager"},
+        "recompute": {"mode": recompute},
+    }
+    exact(run_of("llama", overrides), 4)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_tied_embeddings(run_of: Run, exact: Exact, schedule: str, stage: int) -> None:
