@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from colossal_core import batch as batches
 from colossal_core.loss import LossOwner, MicrobatchLoss
@@ -37,13 +38,13 @@ class RandomStreams(Protocol):
 class _Passage:
     """One microbatch's way through one stage, from its forward to its last backward action.
 
-    received: what the stage before sent, leaves where it gets a gradient; empty on the first stage. outputs: what crosses to the next
-    stage; on the last the loss, scaled. stage_pass: None without a pipeline. found: between the two parts of a backward pass, the
-    gradients of parameters that came with the first.
+    received: what the stage before sent, leaves where it gets a gradient; empty on the first stage. roots: where its backward pass begins:
+    on the last stage the loss, scaled, else the edges behind what crosses to the next one, of which no values are held. stage_pass: None
+    without a pipeline. found: between the two parts of a backward pass, the gradients of parameters that came with the first.
     """
 
     received: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    roots: tuple[Any, ...]  # Tensor or GradientEdge: torch takes both, its types only one of them
     stage_pass: StagePass | None
     found: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
@@ -107,6 +108,8 @@ class ProgramRunner:
         self._open.clear()  # of a step that an exception has ended
         self._carry_out(now)
         self._state.finish_reduce()
+        if self._context.recorder is not None:
+            self._context.recorder.end()
         return now.losses
 
     def evaluate(self, batch: dict[str, Tensor]) -> list[MicrobatchLoss]:
@@ -122,28 +125,36 @@ class ProgramRunner:
         return now.losses
 
     def _carry_out(self, now: _Pass) -> None:
-        self._links.begin(now.actions, now.signatures)
+        recorder = self._context.recorder
+        self._links.begin(now.actions, now.signatures, None if recorder is None else recorder.arrived)
         for index, action in enumerate(now.actions):
             self._links.post_ahead(index)
-            if action.kind == "forward":
-                self._forward(now, action)
-            elif action.kind == "backward":
-                self._begin_backward(index, action)
-                self._backward(action)
-                self._state.end_backward()
-            elif action.kind == "backward_input":
-                self._backward_input(action)
-            elif action.kind == "backward_weight":
-                self._begin_backward(index, action)
-                self._backward_weight(action)
-                self._state.end_backward()
-            elif action.kind == "send":
-                self._links.send(action)
-            elif action.kind == "receive":
-                self._links.receive(index)
-            else:
-                assert action.kind == "reduce", f"the runner has no action {action}"
+            if recorder is not None:
+                recorder.begin(action)
+            self._act(now, index, action)
+            if recorder is not None:
+                recorder.end()
         self._links.finish()
+
+    def _act(self, now: _Pass, index: int, action: Action) -> None:
+        if action.kind == "forward":
+            self._forward(now, action)
+        elif action.kind == "backward":
+            self._begin_backward(index, action)
+            self._backward(action)
+            self._state.end_backward()
+        elif action.kind == "backward_input":
+            self._backward_input(action)
+        elif action.kind == "backward_weight":
+            self._begin_backward(index, action)
+            self._backward_weight(action)
+            self._state.end_backward()
+        elif action.kind == "send":
+            self._links.send(action)
+        elif action.kind == "receive":
+            self._links.receive(index)
+        else:
+            assert action.kind == "reduce", f"the runner has no action {action}"
 
     @property
     def _is_pipeline(self) -> bool:
@@ -173,10 +184,12 @@ class ProgramRunner:
             else:
                 now.losses.append(MicrobatchLoss(loss.sum.detach(), loss.items))
                 outputs = () if now.divisor is None else (self._scaled(loss.sum, now.divisor),)
+        roots: tuple[Any, ...] = outputs
         if stage + 1 < self._plan.program.num_stages:
             self._links.give("activations", action, stage + 1, outputs)
+            roots = tuple(get_gradient_edge(output) for output in outputs if output.requires_grad)
         if now.step is not None:
-            self._open[stage, microbatch] = _Passage(received, outputs, stage_pass)
+            self._open[stage, microbatch] = _Passage(received, roots, stage_pass)
 
     def _running(
         self, now: _Pass, action: Action, received: Sequence[Tensor]
@@ -203,37 +216,36 @@ class ProgramRunner:
     def _units(self, stage: int) -> tuple[str, ...] | None:
         return self._plan.stage_units[stage] if self._is_pipeline else None
 
-    def _roots(self, action: Action, passage: _Passage) -> tuple[list[Tensor], Gradients]:
-        """Where the backward pass of a stage begins: the loss, or what crossed to the next stage with the gradients that came back."""
+    def _gradients(self, action: Action) -> Gradients:
+        """Those of the roots of a stage's backward pass: of the loss it is one, of what crossed to the next stage they have come back."""
         if action.stage + 1 == self._plan.program.num_stages:
-            return list(passage.outputs), (None,)
-        roots = [output for output in passage.outputs if output.requires_grad]
-        return roots, self._links.take("gradients", action)
+            return (None,)
+        return self._links.take("gradients", action)
 
     def _backward(self, action: Action) -> None:
         passage = self._open.pop((action.stage, action.microbatch))
-        roots, gradients = self._roots(action, passage)
-        if roots:
+        gradients = self._gradients(action)
+        if passage.roots:
             with lifted(self._context):
-                torch.autograd.backward(roots, gradients)
+                torch.autograd.backward(passage.roots, gradients)
         self._give_back(action, passage, [leaf.grad for leaf in passage.leaves])
 
     def _backward_input(self, action: Action) -> None:
         """Gradients for the stage before. What units leave for later is in the stage's pass; other parameters get theirs with it."""
         passage = self._open[action.stage, action.microbatch]
         assert passage.stage_pass is not None, f"{action} without stages"
-        roots, gradients = self._roots(action, passage)
+        gradients = self._gradients(action)
         parameters = self._trained(action.stage)
         leaves, anchors = passage.leaves, passage.stage_pass.anchors
         targets = [*leaves, *anchors, *parameters]
         found: Gradients = (None,) * len(targets)
-        if roots:
+        if passage.roots:
             with lifted(self._context):
-                found = torch.autograd.grad(roots, targets, gradients, allow_unused=True)
+                found = torch.autograd.grad(passage.roots, targets, gradients, allow_unused=True)
         arrived = zip(parameters, found[len(leaves) + len(anchors) :], strict=True)
         passage.found = [(one, gradient) for one, gradient in arrived if gradient is not None]
-        passage.outputs = ()
         self._give_back(action, passage, found[: len(leaves)])
+        passage.roots, passage.received = (), ()
 
     def _backward_weight(self, action: Action) -> None:
         passage = self._open.pop((action.stage, action.microbatch))

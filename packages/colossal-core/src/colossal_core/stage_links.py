@@ -9,7 +9,7 @@ rank tensors are handed over as they are.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -82,14 +82,20 @@ class StageLinks:
         self._outbox: dict[tuple[Payload, int, int], tuple[Tensor, ...]] = {}
         self._sending: deque[tuple[Handle, Action, tuple[Tensor, ...]]] = deque()
         self._actions: Sequence[Action] = ()
+        self._arrived: Callable[[], None] | None = None
         self._signatures: Sequence[Signature] = ()
         self._posted = 0
         for use in sorted({self._use(action) for actions in program.actions for action in actions if _moves(action)}):
             collectives.prepare(PIPELINE, use)
 
-    def begin(self, actions: Sequence[Action], signatures: Sequence[Signature]) -> None:
-        """A new list of actions; what an exception left behind is forgotten. signatures: of each microbatch."""
+    def begin(
+        self, actions: Sequence[Action], signatures: Sequence[Signature], arrived: Callable[[], None] | None = None
+    ) -> None:
+        """A new list of actions; what an exception left behind is forgotten. signatures: of each microbatch. arrived: called when a message
+        that was waited for is there.
+        """
         self._actions, self._signatures, self._posted = actions, signatures, 0
+        self._arrived = arrived
         self._inbox.clear()
         self._outbox.clear()
         self._sending.clear()
@@ -130,6 +136,8 @@ class StageLinks:
         if incoming.handle is not None:
             with self._telling(f"waiting for the {payload} of microbatch {action.microbatch} in front of {action}"):
                 incoming.handle.wait()
+            if self._arrived is not None:
+                self._arrived()
         if payload == "activations":
             for tensor, form in zip(incoming.tensors, incoming.forms, strict=True):
                 tensor.requires_grad_(form.differentiable)

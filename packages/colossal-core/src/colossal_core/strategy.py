@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from colossal_core.ops import OpTable
     from colossal_core.plan import Plan, PlanDraft
     from colossal_core.precision import Precision
+    from colossal_core.program import Action
     from colossal_core.rank_compute import RankCompute
     from colossal_core.shards import ParameterState
     from colossal_core.stages import Stages
@@ -104,7 +105,7 @@ class StrategySpec:
     The section's default (`config_class()`) stands where the user writes none, and `factory` says by None that it is then not there.
     axis_sizes: config section -> sizes that it gives to base axes of the mesh (`{"tp": 2}`). What is left over of the ranks is dp_shard.
     show_schedule: of a strategy that writes the plan's program: what `colossal plan --show-schedule` prints of it. Given a file, it draws
-    the same there as PNG. Costs are estimates from the plan and the model alone.
+    the same there as PNG. Costs are estimates from the plan and the model alone; what a run of the plan has recorded stands beside them.
     """
 
     name: str
@@ -127,6 +128,19 @@ class CrossEntropy(Protocol):
 
     def reading(self) -> AbstractContextManager[None]:
         """While it is open, a forward pass gives cut logits; in any other, whoever calls the model gets them whole."""
+
+
+class ActionRecorder(Protocol):
+    """Is told by the runner when the actions of a step begin and end. It must not wait for the device."""
+
+    def begin(self, action: Action) -> None:
+        """This rank begins an action."""
+
+    def arrived(self) -> None:
+        """What the running action has waited for is there: on an accelerator, the stream goes on when it is."""
+
+    def end(self) -> None:
+        """The action that began last has ended. Of the last one, a reduction, it is told again when all reductions have."""
 
 
 class Replayable(Protocol):
@@ -236,7 +250,7 @@ class ApplyContext:
     logits of a head cut: it takes the place of the op of that name, in training and in evaluation. dropout: what the model's dropouts
     read; a strategy says by `module.keyed_layer.part` that a module sees a part of each sample, by `fused_part.seed_by_part` the same of
     one that draws inside a kernel. computes: what strategies have changed of what this rank computes, set when they have. stages: set by
-    a strategy that has cut the model into stages.
+    a strategy that has cut the model into stages. recorder: of the step that is about to run; None, nearly always: nobody records it.
     """
 
     collectives: Collectives
@@ -257,6 +271,7 @@ class ApplyContext:
     dropout: KeyedDropoutState | None = None
     computes: RankCompute | None = None
     stages: Stages | None = None
+    recorder: ActionRecorder | None = None
 
     def parameter_state(self) -> ParameterState:
         assert self.parameters is not None, "phase shard_state has not been applied yet"

@@ -15,17 +15,20 @@ if TYPE_CHECKING:
     from colossal_pipeline.simulator import peak_bytes, simulate
     from colossal_pipeline.stage_costs import Costs, StageCosts
     from colossal_pipeline.strategy import PipelineStrategy
-    from colossal_pipeline.time_line import Span, TimeLine
+    from colossal_pipeline.time_line import Idle, Span, TimeLine
+    from colossal_pipeline.trace import Trace
 
 __all__ = [
     "SCHEDULES",
     "Costs",
+    "Idle",
     "PipelineConfig",
     "PipelineStrategy",
     "ScheduleSpec",
     "Span",
     "StageCosts",
     "TimeLine",
+    "Trace",
     "document_of",
     "draw_png",
     "draw_text",
@@ -41,12 +44,14 @@ __all__ = [
 _MODULES = {
     "SCHEDULES": "schedules.registry",
     "Costs": "stage_costs",
+    "Idle": "time_line",
     "PipelineConfig": "config",
     "PipelineStrategy": "strategy",
     "ScheduleSpec": "schedules.registry",
     "Span": "time_line",
     "StageCosts": "stage_costs",
     "TimeLine": "time_line",
+    "Trace": "trace",
     "document_of": "schedule_files",
     "draw_png": "picture",
     "draw_text": "picture",

@@ -22,3 +22,6 @@ class PipelineConfig(Section):
     blocks: list[Annotated[int, Field(ge=1)]] | None = None
     """Number of blocks of each stage, first stage first. null: stages that take equally long, as far as whole blocks allow; a head counts
     by its size."""
+    record_step: Annotated[int, Field(ge=1)] | None = None
+    """Number of a step, from 1, of which every rank records when each action began and ended; rank 0 writes them into
+    `pipeline-step-N.json` in `checkpoint.directory`, from which `colossal plan --show-schedule` shows them. null: nothing is recorded."""

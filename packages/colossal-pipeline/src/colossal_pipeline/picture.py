@@ -22,6 +22,8 @@ _COLORS: dict[ActionKind, tuple[str, str]] = {
     "backward_weight": ("#61b77f", "#33834f"),
 }
 """For each kind the colour of a rank's even chunks, and of its odd ones."""
+_WAITING = "#d64550"
+"""What waits for a message that was sent already."""
 _NAMES: dict[ActionKind, str] = {
     "forward": "forward",
     "backward": "backward",
@@ -90,9 +92,11 @@ def draw_png(time_lines: Mapping[str, TimeLine], path: str | Path) -> None:
     panels[-1, 0].set_xlabel("seconds")
     kinds = [kind for kind in _COLORS if any(_has(line, kind) for line in time_lines.values())]
     patches = [Patch(color=_COLORS[kind][0], label=_NAMES[kind]) for kind in kinds]
+    if any(any(line.messages) for line in time_lines.values()):
+        patches.append(Patch(color=_WAITING, label="message under way"))
     several = any(chunk for line in time_lines.values() for chunk in _chunks(line).values())
     note = "dark: a rank's second stage" if several else None
-    figure.legend(handles=patches, title=note, loc="outside upper right", ncols=max(1, len(kinds)))
+    figure.legend(handles=patches, title=note, loc="outside upper right", ncols=max(1, len(patches)))
     figure.savefig(str(path), format="png")
 
 
@@ -108,6 +112,8 @@ def _draw_panel(axes: Axes, title: str, time_line: TimeLine) -> None:
             middle = span.start + seconds / 2
             number, ink = str(span.action.microbatch), "white" if odd else "black"
             axes.text(middle, rank, number, color=ink, ha="center", va="center", fontsize=6, clip_on=True)
+    for rank, waits in enumerate(time_line.messages):
+        axes.broken_barh([(start, end - start) for start, end in waits], (rank - 0.21, 0.42), color=_WAITING)
     axes.set_title(f"{title}: {time_line.makespan:.4g} s, idle {time_line.bubble_fraction:.1%}", loc="left")
     axes.set_yticks(range(len(time_line.ranks)), [f"rank {rank}" for rank in range(len(time_line.ranks))])
     axes.set_ylim(len(time_line.ranks) - 0.5, -0.5)

@@ -43,6 +43,10 @@ class PipelineStrategy:
 
         problems = list(schedule_problems(self.config, _num_microbatches(config, mesh)))
         problems += self._model_problems(anatomy)
+        recorded, last = self.config.record_step, config.train.num_steps
+        if recorded is not None and recorded > last:
+            reason, remedy = f"the run ends after step {last}", f"record one of the steps 1 to {last}"
+            problems.append(Problem("parallel.pipeline.record_step", reason, remedy, recorded))
         if problems:
             return problems
         return list(self._proof_problems(anatomy))
@@ -124,6 +128,10 @@ class PipelineStrategy:
 
         shadow = Shadow(model, context.precision.compute)
         context.stages = Skeleton(model, read(plan), shadow, context.device)
+        if self.config.record_step is not None:
+            from colossal_pipeline.recorder import record_step
+
+            record_step(self.config, plan, context)
 
     def state(self) -> Mapping[str, Any]:
         return {}

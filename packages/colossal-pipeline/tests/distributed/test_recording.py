@@ -1,0 +1,110 @@
+"""A step of real ranks, recorded: every action once, in order, one after another, on one clock; and nothing is different for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from colossal_core.errors import ConfigError
+from colossal_core.examine import examine
+from colossal_core.testing import RunSpec
+from colossal_core.testing.parity import prepare
+from colossal_pipeline.checker import COMPUTED
+from colossal_pipeline.planned import show_schedule
+from colossal_pipeline.trace import Trace
+
+Run = Callable[..., RunSpec]
+Exact = Callable[[RunSpec, int], None]
+EARLY = 2e-3
+"""Seconds by which a message may seem to arrive before it was sent, beside what the clocks are known to."""
+
+
+def recorded(run_of: Run, folder: Path, pipeline: dict[str, object], more: dict[str, object] | None = None) -> RunSpec:
+    """The second step of a run is recorded."""
+    overrides = {"parallel.pipeline": {"size": 2, **pipeline, "record_step": 2}, "checkpoint.directory": str(folder)}
+    return run_of("llama", {**overrides, **(more or {})})
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "zero"),
+    [({"schedule": "1f1b"}, None), ({"schedule": "interleaved"}, 3), ({"schedule": "zbv"}, 1)],
+    ids=["1f1b", "interleaved-zero3", "zbv-zero1"],
+)
+def test_every_action_is_recorded_once(
+    run_of: Run, exact: Exact, pipeline: dict[str, object], zero: int | None, tmp_path: Path
+) -> None:
+    spec = recorded(run_of, tmp_path, pipeline, {} if zero is None else {"parallel.zero": {"stage": zero}})
+    exact(spec, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline-step-2.json"]
+    trace = Trace.read(tmp_path / "pipeline-step-2.json")
+    trace.check(prepare(spec, 2).plan.program)
+    assert (trace.schedule, trace.step, trace.num_microbatches) == (pipeline["schedule"], 2, 4)
+    assert 0 < trace.clock_error_seconds < 0.5
+    line = trace.time_line
+    assert min(spans[0].start for spans in line.ranks) == 0
+    for spans in line.ranks:
+        for span, following in pairwise(spans):
+            assert span.start <= span.end <= following.start, f"{span} {following}"
+        assert all(span.end > span.start for span in spans if span.action.kind in COMPUTED)
+    for idle, parts in zip(line.idle_seconds, line.idle, strict=True):
+        assert parts.bubble + parts.messages + parts.other == pytest.approx(idle, rel=1e-9)
+        assert min(parts.bubble, parts.messages) >= 0 and parts.other > -1e-9
+
+
+def test_nothing_is_used_before_it_is_made(run_of: Run, exact: Exact, tmp_path: Path) -> None:
+    """What one rank has sent is used by the other later, as far as their clocks are known."""
+    exact(recorded(run_of, tmp_path, {"schedule": "1f1b"}), 2)
+    trace = Trace.read(tmp_path / "pipeline-step-2.json")
+    ends = {span.action: span.end for spans in trace.time_line.ranks for span in spans}
+    starts = {span.action: span.start for spans in trace.time_line.ranks for span in spans}
+    received = [action for action in ends if action.kind == "receive"]
+    assert len(received) == 8
+    for action in received:
+        sent = replace(action, kind="send", stage=action.peer_stage, peer_stage=action.stage)
+        assert ends[action] >= starts[sent] - 2 * trace.clock_error_seconds - EARLY, f"{action}"
+
+
+def test_a_recorded_step_stands_below_the_estimate(
+    run_of: Run, exact: Exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    spec = recorded(run_of, tmp_path, {"schedule": "zb-h1"})
+    prepared = prepare(spec, 2)
+    assert callable(spec.batch)
+    anatomy = examine(prepared.model, spec.batch(0, 2))
+    before = show_schedule(prepared.plan, anatomy, tmp_path / "before.png").splitlines()
+    path = tmp_path / "pipeline-step-2.json"
+    assert before[-2:] == [
+        f"measured    not yet: a run with this config writes {path}",
+        f"picture     {tmp_path / 'before.png'}",
+    ]
+    exact(spec, 2)
+    after = show_schedule(prepared.plan, anatomy, tmp_path / "after.png").splitlines()
+    assert after[: len(before) - 2] == before[:-2]
+    below = after[len(before) - 2 :]
+    assert below[1].startswith("measured    step 2; the ranks' clocks are known to ")
+    assert [line.split(" ", 2)[:2] for line in below[2:4]] == [["rank", "0"], ["rank", "1"]]
+    assert [line.split(":")[0] for line in below[-4:-2]] == ["rank 0", "rank 1"]
+    assert all("waiting for messages under way" in line for line in below[-4:-2])
+    assert below[-2].startswith("idle        ") and below[-1] == f"picture     {tmp_path / 'after.png'}"
+    assert (tmp_path / "after.png").stat().st_size > (tmp_path / "before.png").stat().st_size
+    other = prepare(spec.with_overrides({"parallel.pipeline.schedule": "1f1b"}), 2)
+    with pytest.raises(ConfigError) as caught:
+        show_schedule(other.plan, anatomy, None)
+    assert str(caught.value) == (
+        "parallel.pipeline.record_step: the recorded step is one of another program than the plan's: zb-h1, 2 stages on 2 ranks, "
+        "4 microbatches: give the config of the run that has recorded it"
+    )
+
+
+def test_a_step_that_never_comes_is_refused(run_of: Run) -> None:
+    spec = run_of("llama", {"parallel.pipeline": {"size": 2, "record_step": 9}, "train.num_steps": 8})
+    with pytest.raises(ConfigError) as caught:
+        prepare(spec, 2)
+    assert str(caught.value) == (
+        "parallel.pipeline.record_step=9: the run ends after step 8: record one of the steps 1 to 8"
+    )
