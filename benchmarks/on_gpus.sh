@@ -11,7 +11,7 @@ export PYTHONPATH
 python3 - <<'PYTHON' || exit 1
 from importlib.metadata import entry_points
 found = sorted({entry.name for entry in entry_points(group="colossal.plugins")})
-missing = {"comm", "tensor", "zero"} - set(found)
+missing = {"comm", "pipeline", "tensor", "zero"} - set(found)
 assert not missing, f"no wheel announces {sorted(missing)}: found {found}"
 PYTHON
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | sort | uniq -c

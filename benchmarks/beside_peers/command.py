@@ -10,25 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from beside_peers.kinds import spelled_out
 from beside_peers.measure import Timing
 from beside_peers.models import shapes
 from beside_peers.picture import draw
 from beside_peers.report import AGREEMENT, Report
 from beside_peers.rows import Row, all_rows, problems
 from beside_peers.supervise import Limits, Supervisor
+from beside_peers.time_lines import draw as draw_time_lines
 from beside_peers.worker import Task, work
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """One entry script. description: its help. beside: the contestant that the table compares with; "" for the fastest peer. defaults: of
-    its command line, by option name.
+    its command line, by option name. small: other defaults, for `--small`.
     """
 
     script: Path
     description: str
     beside: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    small: Mapping[str, Any] = field(default_factory=dict)
 
 
 def main(benchmark: Benchmark) -> int:
@@ -56,6 +59,7 @@ def parse(benchmark: Benchmark) -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help=", ".join(shapes()))
     parser.add_argument("--contestants", help="with options after plus signs; what they are: beside_peers/kinds.py")
     parser.add_argument("--micro-batches", default="8,32", help="sequences a GPU and step")
+    parser.add_argument("--sequences", type=int, help="a step, in the place of --micro-batches")
     parser.add_argument("--optimizers", default="adamw", help="peers run adamw only")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--out", type=Path)
@@ -72,15 +76,25 @@ def parse(benchmark: Benchmark) -> argparse.Namespace:
         "--minutes", type=float, default=9.0, help="of everything; what is not measured by then is said"
     )
     parser.add_argument("--row-seconds", type=float, default=150.0, help="of one row, compilation included")
+    if benchmark.small:
+        parser.add_argument(
+            "--small", action="store_true", help="a small model on two ranks, in a minute or two on a CPU"
+        )
     parser.add_argument("--date", default="", help="written into the report")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.set_defaults(**benchmark.defaults)
+    if benchmark.small and parser.parse_known_args()[0].small:
+        parser.set_defaults(**benchmark.small)
     return parser.parse_args()
 
 
 def _rows(given: argparse.Namespace) -> list[Row]:
-    sizes = [int(size) for size in given.micro_batches.split(",")]
-    contestants, optimizers = given.contestants.split(","), given.optimizers.split(",")
+    if given.sequences is not None:
+        sizes = [given.sequences // given.processes]
+    else:
+        sizes = [int(size) for size in given.micro_batches.split(",")]
+    optimizers = given.optimizers.split(",")
+    contestants = [spelled_out(name, given.processes) for name in given.contestants.split(",")]
     modes, compiled = given.recompute.split(","), [word == "yes" for word in given.compile.split(",")]
     return all_rows(given.model, contestants, sizes, optimizers, modes, compiled)
 
@@ -88,7 +102,7 @@ def _rows(given: argparse.Namespace) -> list[Row]:
 def _profiled(given: argparse.Namespace, rows: list[Row]) -> tuple[str, ...]:
     if given.profile in ("all", "ours"):
         return tuple(dict.fromkeys(row.contestant for row in rows if given.profile == "all" or not row.is_peer))
-    return tuple(given.profile.split(","))
+    return tuple(spelled_out(name, given.processes) for name in given.profile.split(","))
 
 
 def measure_all(benchmark: Benchmark, given: argparse.Namespace, rows: list[Row]) -> Report:
@@ -106,5 +120,7 @@ def measure_all(benchmark: Benchmark, given: argparse.Namespace, rows: list[Row]
     print()
     report.print_table()
     print(f"{time.monotonic() - started:.0f} s in all", flush=True)
-    draw(json.loads(report.path.read_text()), given.out / f"{name}.png")
+    written = json.loads(report.path.read_text())
+    draw(written, given.out / f"{name}.png")
+    draw_time_lines(written, given.out / f"{name}-time-lines.png")
     return report

@@ -8,8 +8,10 @@ library's own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from beside_peers.config import config_of
@@ -19,6 +21,7 @@ from beside_peers.world import World
 
 if TYPE_CHECKING:
     from colossal_core.trained import Trained
+    from colossal_pipeline import Trace
 
 
 class Contestant(Protocol):
@@ -27,6 +30,13 @@ class Contestant(Protocol):
     """
 
     def step(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A pipeline: one more step, and on rank 0 its time line."""
+
+    def recorded_step(self, ids: torch.Tensor) -> Trace | None: ...
 
 
 @contextlib.contextmanager
@@ -44,16 +54,18 @@ def cudnn_attention_first() -> Iterator[None]:
         yield
 
 
-def build(row: Row, shape: Shape, world: World) -> Contestant:
-    """Builds a contestant; collective."""
+def build(row: Row, shape: Shape, world: World, recorded_step: int) -> Contestant:
+    """Builds a contestant; collective. recorded_step: number, from 1, of the step of which a pipeline's time line is wanted."""
     from beside_peers.peers import data_parallel, fully_sharded
+    from beside_peers.pipeline_peers import TorchPipeline
     from beside_peers.tensor_peers import set_pipelining, tensor_parallel
 
     contestant = row.parsed
     set_pipelining(wanted=contestant.asynchronous)
     if not contestant.is_peer:
-        return Ours(row, shape, world)
-
+        return OurPipeline(row, shape, world, recorded_step) if contestant.schedule else Ours(row, shape, world)
+    if contestant.schedule:
+        return TorchPipeline(row, shape, world)
     if contestant.kind == "ddp":
         return data_parallel(row, shape, world)
     return fully_sharded(row, shape, world) if contestant.tensor_size == 1 else tensor_parallel(row, shape, world)
@@ -62,13 +74,38 @@ def build(row: Row, shape: Shape, world: World) -> Contestant:
 class Ours:
     """The library through its public API, as a user would write it."""
 
-    def __init__(self, row: Row, shape: Shape, world: World) -> None:
+    def __init__(
+        self, row: Row, shape: Shape, world: World, more: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """more: keys of sections beside those that the row asks for."""
         from colossal_launch import Booster
 
         model = on_meta(shape)
         weights = initial_weights(model, world.device)
         self.config = config_of(row, world.size)
+        for section, keys in (more or {}).items():
+            self.config[section] = {**self.config.get(section, {}), **keys}
         self.trained: Trained = Booster(self.config).boost(model, weights=weights)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         return self.trained.train_step({"input_ids": ids, "labels": ids}).loss
+
+
+class OurPipeline(Ours):
+    """A pipeline that has one step recorded."""
+
+    def __init__(self, row: Row, shape: Shape, world: World, recorded_step: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        pipeline = {**row.parsed.pipeline, "record_step": recorded_step}
+        sections: dict[str, dict[str, Any]] = {
+            "parallel": {"pipeline": pipeline},
+            "checkpoint": {"directory": self._folder.name},
+        }
+        self._file = Path(self._folder.name) / f"pipeline-step-{recorded_step}.json"
+        super().__init__(row, shape, world, sections)
+
+    def recorded_step(self, ids: torch.Tensor) -> Trace | None:
+        from colossal_pipeline import Trace
+
+        self.step(ids)
+        return Trace.read(self._file) if self._file.exists() else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from beside_peers.config import BETAS, LEARNING_RATE, WEIGHT_DECAY
+from beside_peers.liger import liger_rotary, patch
 from beside_peers.models import Filler, Shape, on_meta
 from beside_peers.rows import Row
 from beside_peers.world import World
@@ -33,16 +34,20 @@ class Peer:
         *,
         autocast: bool = False,
         positions: bool = False,
+        micro: int = 0,
+        own_loss: bool = False,
         around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         """autocast: DDP computes in bfloat16 by it; FSDP2 casts its parameters itself. positions: the model is told them, because it sees
-        less than the sequence. around: entered for the forward pass, the loss and the backward pass.
+        less than the sequence. micro: sequences of one forward pass, 0: all; gradients are reduced after each. own_loss: the model
+        computes it, from labels that are its inputs. around: entered for the forward pass, the loss and the backward pass.
         """
         model.train()
         from colossal_core.transformers_checks import FirstAnswers
 
         self._model, self._loss, self._autocast, self._around = model, loss, autocast, around
         self._positions = positions
+        self._micro, self._own_loss = micro, own_loss
         self._answers = FirstAnswers()
         own = (module for module in model.modules() if type(module).__module__.startswith("transformers."))
         self._asking = next(own)  # not the root, whose class FSDP2 and DDP replace
@@ -51,13 +56,21 @@ class Peer:
         )
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(ids, self._micro or len(ids))
+        losses = [self._passed(part, len(parts)) for part in parts]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _passed(self, ids: torch.Tensor, num_parts: int) -> torch.Tensor:
+        """The loss of some sequences, the gradients of their part of the whole left where those of the others are."""
         labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
         with self._around():
             # The logits are not held here: backward frees them as soon as it can.
-            loss = self._loss(self._logits(ids), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            loss = (
+                self._called(ids, labels=ids).loss if self._own_loss else self._loss(self._called(ids).logits, labels)
+            )
+            torch.autograd.backward(loss if num_parts == 1 else loss / num_parts)
         return self._own(loss.detach())
 
     @staticmethod
@@ -67,16 +80,15 @@ class Peer:
 
         return loss.to_local() if isinstance(loss, DTensor) else loss
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        told: dict[str, Any] = {}
+    def _called(self, ids: torch.Tensor, **more: torch.Tensor) -> Any:
+        """What the model returns."""
         if self._positions:
-            told = {"position_ids": torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)}
+            more["position_ids"] = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         with (
             self._answers.remembered(self._asking),
             torch.autocast(ids.device.type, torch.bfloat16, enabled=self._autocast),
         ):
-            logits: torch.Tensor = self._model(input_ids=ids, **told).logits
-            return logits
+            return self._model(input_ids=ids, **more)
 
 
 def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -102,7 +114,7 @@ def prepare_blocks(model: nn.Module, row: Row, shape: Shape) -> None:
         forward: Callable[..., Any] = block.forward
         if row.recompute == "full":
             forward = _recomputed(forward)
-        if row.compiled:
+        if row.compiles_blocks:
             forward = torch.compile(forward, dynamic=False)
         vars(block)["forward"] = forward
 
@@ -127,7 +139,7 @@ def data_parallel(row: Row, shape: Shape, world: World) -> Peer:
     wrapped = nn.parallel.DistributedDataParallel(
         model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=DDP_BUCKET_MIB
     )
-    return Peer(wrapped, loss_of(row), autocast=True)
+    return Peer(wrapped, loss_of(row), autocast=True, micro=row.parsed.micro)
 
 
 def fully_sharded(row: Row, shape: Shape, world: World) -> Peer:
@@ -138,6 +150,8 @@ def fully_sharded(row: Row, shape: Shape, world: World) -> Peer:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = on_meta(shape)
+    if row.parsed.liger:
+        patch(model, shape.architecture)
     filler = Filler(model, shape.block_names(), world.device)
     prepare_blocks(model, row, shape)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -147,4 +161,6 @@ def fully_sharded(row: Row, shape: Shape, world: World) -> Peer:
         fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     filler.fill("")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if reshard else False)
-    return Peer(model, loss_of(row))
+    if row.parsed.liger:
+        return Peer(model, loss_of(row), micro=row.parsed.micro, own_loss=True, around=liger_rotary)
+    return Peer(model, loss_of(row), micro=row.parsed.micro)

@@ -10,6 +10,7 @@ from typing import Any
 
 from beside_peers.models import PEAK_FLOPS, Shape
 from beside_peers.rows import Row
+from beside_peers.time_lines import table
 
 AGREEMENT = 1e-3
 """Losses of bfloat16 runs agree in three digits."""
@@ -17,8 +18,8 @@ AGREEMENT = 1e-3
 
 @dataclass
 class Report:
-    """Everything that a run found. given: what it was asked for, its date among it. beside: the contestant that rates are compared with;
-    "" for the fastest peer.
+    """Everything that a run found. given: what it was asked for, its date among it. beside: the contestant that rates are compared with,
+    whatever its options; "" for the fastest peer.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Report:
                 "peak_flops": dict(PEAK_FLOPS),
                 "tokens_per_second_per_gpu": "micro-batch x sequence length / median step, slowest rank of each step",
                 "peak GiB": "of torch's allocator, highest rank; other: CUDA, NCCL and symmetric memory outside it",
+                "idle": "part of all ranks' time from the recorded step's first action to its last in which they run neither F, B, I nor W",
                 "hidden": "time of communication kernels during which a computing kernel ran on the same GPU / their time",
             },
             "largest_difference_of_first_losses": self.loss_difference(),
@@ -64,8 +66,13 @@ class Report:
         """Tokens a second and GPU of the contestant that a row is held beside, at its micro-batch, recomputation and compilation."""
         if not self.beside:
             return self._best_peer(row)
-        same = replace(row, contestant=self.beside, optimizer="adamw")
-        found = [result for other, result in self.rows if other == same and "failed" not in result]
+        found = [
+            result
+            for other, result in self.rows
+            if other.contestant.split("+")[0] == self.beside
+            and other == replace(row, contestant=other.contestant, optimizer="adamw")
+            and "failed" not in result
+        ]
         return found[0]["tokens_per_second_per_gpu"] if found else None
 
     def loss_difference(self) -> float:
@@ -99,7 +106,8 @@ class Report:
         print(self.head(), flush=True)
         for row, result in self.rows:
             print(self._line(row, result))
-        for line in [*self._optimizer_lines(), *self._loss_lines()]:
+        pipelines = table([self._row(row, result) for row, result in self.rows])
+        for line in [*pipelines, *self._optimizer_lines(), *self._loss_lines()]:
             print(line)
         for row, result in self.rows:
             if result.get("profile"):

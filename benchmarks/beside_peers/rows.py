@@ -35,6 +35,10 @@ class Row:
         return self.parsed.micro or self.micro_batch * self.parsed.tensor_size
 
     @property
+    def compiles_blocks(self) -> bool:
+        return self.compiled and not self.parsed.eager
+
+    @property
     def title(self) -> str:
         parts = [self.contestant]
         if self.optimizer != "adamw":

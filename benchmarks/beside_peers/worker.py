@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from beside_peers.contestants import Contestant, build, cudnn_attention_first
+from beside_peers.contestants import Contestant, Recorded, build, cudnn_attention_first
 from beside_peers.estimate import estimated_peak
 from beside_peers.measure import Timing, allocated_gib, measure, over_ranks
 from beside_peers.models import shapes
 from beside_peers.overlap import profile
 from beside_peers.rows import Row
+from beside_peers.time_lines import idle_of
 from beside_peers.tokens import Tokens
 from beside_peers.world import World, join
 
@@ -115,12 +116,15 @@ def _run(row: Row, task: Task, world: World) -> dict[str, Any]:
     shape = shapes()[row.model]
     started = time.perf_counter()
     with cudnn_attention_first():
-        contestant = build(row, shape, world)
+        contestant = build(row, shape, world, task.timing.warmup_steps + task.timing.timed_steps + 1)
         _give_back()  # what building needed for a moment is not held against the steps
         build_seconds = time.perf_counter() - started
-        tokens = Tokens(shape, row.micro_batch, world, row.parsed.tensor_size)
+        tokens = Tokens(shape, row.micro_batch, world, row.parsed.tensor_size, row.parsed.pipeline_size)
         result = measure(contestant, tokens, shape, world, task.timing, row.micro_batch)
         result |= {"build_seconds": build_seconds, "graphs": int(counters["stats"]["unique_graphs"])}
+        if isinstance(contestant, Recorded):
+            trace = contestant.recorded_step(tokens.draw())
+            result |= idle_of(trace) if trace is not None else {}
         if row.contestant in task.profiled and world.device.type == "cuda":
             result["profile"] = _profile(contestant, tokens, world)
         del contestant

@@ -81,25 +81,54 @@ def test_tensor_ranks_train_the_same_sequences(tensor_benchmark: Path, tmp_path:
     assert "they agree in three digits" in printed
 
 
+@pytest.mark.slow
+def test_pipelines_train_the_same_sequences(benchmark: Path, tmp_path: Path) -> None:
+    """Each also records a step, and the idle parts of it add up."""
+    pytest.importorskip("colossal_pipeline")
+    contestants = [
+        "fsdp2-z3+micro=1",
+        "pp-zbv",
+        "torch-pp-1f1b",
+        "torch-pp-interleaved",
+        "torch-pp-zbv+compile=false",
+    ]
+    script = benchmark.with_name("pipeline_vs_peers.py")
+    options = ["--small", "--contestants", ",".join(contestants), "--sequences", "4"]
+    printed, rows = run(script, tmp_path, *options, model="small-llama")
+    assert [row.get("failed") for row in rows] == [None] * len(contestants), printed
+    assert "they agree in three digits" in printed
+    for row in rows[1:]:
+        assert 0 < float(str(row["idle"])) < 1, f"{row['contestant']}: {row['idle']}"
+        assert len(row["time_line"]) == 2  # type: ignore[arg-type]
+    parts = [float(str(rows[1][f"idle_{name}"])) for name in ("bubble", "messages", "other")]
+    assert sum(parts) == pytest.approx(float(str(rows[1]["idle"])))
+    assert (tmp_path / "small-llama-time-lines.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
-    ("name", "tensor_size", "sections"),
+    ("name", "micro_size", "sections"),
     [
-        ("zero3+prefetch=2", 1, {"zero": {"stage": 3, "prefetch": 2}}),
-        ("zero3-keep", 1, {"zero": {"stage": 3, "keep_parameters": "microbatch"}}),
-        ("tp4+sequence_parallel=false", 4, {"tensor": {"size": 4, "sequence_parallel": False}}),
+        ("zero3+prefetch=2", 2, {"zero": {"stage": 3, "prefetch": 2}}),
+        ("zero3-keep", 2, {"zero": {"stage": 3, "keep_parameters": "microbatch"}}),
+        ("tp4+sequence_parallel=false", 8, {"tensor": {"size": 4, "sequence_parallel": False}}),
         (
             "tp2-zero1+overlap=plain+zero.bucket_bytes=99",
-            2,
+            4,
             {"tensor": {"size": 2, "overlap": "plain"}, "zero": {"stage": 1, "bucket_bytes": 99}},
+        ),
+        (
+            "pp4-zbv-zero1+zero.bucket_bytes=99+micro=4",
+            4,
+            {"pipeline": {"size": 4, "schedule": "zbv"}, "zero": {"stage": 1, "bucket_bytes": 99}},
         ),
     ],
 )
-def test_options_follow_a_name(benchmark: Path, name: str, tensor_size: int, sections: dict[str, object]) -> None:
+def test_options_follow_a_name(benchmark: Path, name: str, micro_size: int, sections: dict[str, object]) -> None:
     del benchmark
     row = importlib.import_module("beside_peers.rows").Row("tiny", name, 2)
     config = importlib.import_module("beside_peers.config").config_of(row, 4)
     assert config["parallel"] == sections
-    assert config["batch"] == {"global_size": 8, "micro_size": 2 * tensor_size}
+    assert config["batch"] == {"global_size": 8, "micro_size": micro_size}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +138,11 @@ def test_options_follow_a_name(benchmark: Path, name: str, tensor_size: int, sec
         ("tp3", "3 tensor ranks do not divide 4 processes"),
         (
             "zero4",
-            "zero4 is none of ddp, fsdp2-z3, fsdp2-z2, torch-tpN, torch-tpN-async, zeroS, zero3-keep, tpN and tpN-zeroS "
-            "(S: a stage, 0 to 3)",
+            "zero4 is none of ddp, fsdp2-z3, fsdp2-z2, torch-tpN, torch-tpN-async, torch-ppN-SCHEDULE, zeroS, zero3-keep, tpN, "
+            "tpN-zeroS, ppN-SCHEDULE and ppN-SCHEDULE-zeroS (S: a stage, 0 to 3)",
         ),
+        ("pp3-1f1b", "3 pipeline ranks do not divide 4 processes"),
+        ("torch-pp2-1f1b", "torch's pipelines are measured over all 4 processes"),
     ],
 )
 def test_names_that_stand_for_nothing(benchmark: Path, name: str, problem: str) -> None:
