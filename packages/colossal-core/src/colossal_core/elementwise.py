@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from colossal_core.moments import Moment, Moments
+from colossal_core.moments import Moment, Moments, Portion, Update
 from colossal_core.ops.adamw import AdamWSettings
+from colossal_core.ops.sgd import SGDSettings
 from colossal_core.optimizer_state import StateTensor
 from colossal_core.optimizers import Groups, OptimizerContext, OptimizerSpec, with_defaults
-from colossal_core.tensor_lists import Tensors, assign_unless, bounded_groups, clipped
 
 if TYPE_CHECKING:
     from colossal_core.config import OptimizerConfig
@@ -46,24 +46,18 @@ class AdamW:
             )
             self._moments.step(index, self._update(settings), clip, skip)
 
-    def _update(self, settings: AdamWSettings) -> Any:
-        def update(
-            masters: Tensors,
-            gradients: Tensors,
-            moments: Sequence[Tensors],
-            clip: torch.Tensor | None,
-            skip: torch.Tensor | None,
-        ) -> None:
-            exp_avgs, exp_avg_sqs = moments
+    def _update(self, settings: AdamWSettings) -> Update:
+        def update(portion: Portion, clip: torch.Tensor | None, skip: torch.Tensor | None) -> None:
             self._adamw_step(
-                masters,
-                gradients,
-                exp_avgs,
-                exp_avg_sqs,
+                portion.masters,
+                portion.gradients,
+                *portion.moments,
                 settings=settings,
                 step=self._step_count,
                 clip=clip,
                 skip=skip,
+                copies=portion.copies,
+                seed=portion.seed,
             )
 
         return update
@@ -84,6 +78,7 @@ class SGD:
         defaults = {"lr": config.lr, "momentum": config.momentum or 0.0, "weight_decay": config.weight_decay}
         self.param_groups = with_defaults(groups, defaults)
         self._context = context
+        self._sgd_step = context.ops["sgd_step"]
         self._momenta = {
             id(master): torch.zeros_like(master, requires_grad=False)
             for group in self.param_groups
@@ -96,28 +91,15 @@ class SGD:
         for group in self.param_groups:
             masters = [master for master in group["params"] if self._context.gradient(master) is not None]
             gradients = [gradient for master in masters if (gradient := self._context.gradient(master)) is not None]
-            if not group["momentum"]:
-                for some, raw in bounded_groups(masters, gradients):
-                    self._update(group, some, clipped(raw, clip), skip)
-                continue
-            momenta = [self._momenta[id(master)] for master in masters]
-            for some, raw, buffers in bounded_groups(masters, gradients, momenta):
-                self._update(group, some, clipped(raw, clip), skip, buffers)
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        masters: Tensors,
-        update: Tensors,
-        skip: torch.Tensor | None,
-        momenta: Tensors | None = None,
-    ) -> None:
-        if group["weight_decay"]:
-            update = list(torch._foreach_add(update, masters, alpha=group["weight_decay"]))
-        if momenta is not None:
-            update = list(torch._foreach_add(torch._foreach_mul(momenta, group["momentum"]), update))
-            assign_unless(skip, momenta, update)
-        assign_unless(skip, masters, torch._foreach_add(masters, update, alpha=-group["lr"]))
+            self._sgd_step(
+                [master.detach() for master in masters],
+                gradients,
+                [self._momenta[id(master)] for master in masters] if group["momentum"] else None,
+                settings=SGDSettings(group["lr"], group["momentum"], group["weight_decay"]),
+                clip=clip,
+                skip=skip,
+                copies=self._context.copies(masters),
+            )
 
     def state_tensors(self) -> Iterable[StateTensor]:
         for group in self.param_groups:

@@ -112,6 +112,10 @@ class LocalState:
             else:
                 shard.gradient = gradient.to_dense() if gradient.is_sparse else gradient
 
+    def copies(self, masters: Sequence[nn.Parameter]) -> list[torch.Tensor] | None:
+        del masters
+        return None
+
     def updated(self, masters: Sequence[nn.Parameter]) -> None:
         del masters
 

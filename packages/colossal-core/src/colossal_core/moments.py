@@ -1,24 +1,32 @@
 """Moments of an elementwise optimizer, however they are kept: as wide as the masters, or narrower, or beside masters in bf16.
 
-The optimizer writes its update once, over lists of tensors of one dtype (float32, or float64 under fp64); what is kept narrower is widened,
-updated and narrowed again in chunks, so that the wide copies are small.
+The optimizer hands lists of tensors as they are kept to an op, which widens what is narrow, updates it and rounds it once.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.optimizer_state import StateTensor
 from colossal_core.optimizers import Groups, OptimizerContext
-from colossal_core.rounding import BLOCK, FIRST_MOMENT, SECOND_MOMENT, Code, keyed_generator, round_to_bf16
-from colossal_core.tensor_lists import Tensors, assign_unless
+from colossal_core.rounding import (
+    BLOCK,
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    Code,
+    Coded,
+    Kept,
+    keyed_generator,
+    keyed_seed,
+)
+from colossal_core.tensor_lists import Tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,11 +36,24 @@ if TYPE_CHECKING:
 PORTION_ELEMENTS = 1 << 25
 """Elements that are updated before what they are needed for is started: 0.3 ms of an H200's memory."""
 
-CHUNK_ELEMENTS = 1 << 24
-"""Elements that are widened at a time: with two moments, 0.4 GB of float32."""
 
-Update = Callable[[Tensors, Tensors, Sequence[Tensors], "torch.Tensor | None", "torch.Tensor | None"], None]
-"""(masters, raw gradients, one list a moment, clip, skip): in place on masters and moments."""
+@dataclass(frozen=True)
+class Portion:
+    """Masters that are updated together: what an op takes of them.
+
+    gradients: raw. moments: one list for each. copies: where the new values go too, in the compute dtype; None: nowhere. seed: of what is
+    rounded stochastically; None where nothing is kept narrow.
+    """
+
+    masters: Tensors
+    gradients: Tensors
+    moments: Sequence[Sequence[Kept]]
+    copies: Tensors | None
+    seed: int | None
+
+
+Update = Callable[[Portion, "torch.Tensor | None", "torch.Tensor | None"], None]
+"""(portion, clip, skip): in place on masters and moments."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +62,6 @@ class Moment:
 
     name: str
     positive: bool = False
-
-
-class _Store(Protocol):
-    def step(self, update: Update, clip: torch.Tensor | None, skip: torch.Tensor | None, number: int) -> None: ...
-
-    def tensors(self) -> Iterable[StateTensor]: ...
 
 
 class Moments:
@@ -69,9 +84,9 @@ class Moments:
             masters: list[nn.Parameter] = group["params"]
             narrow = [master for master in masters if _is_narrow(master.dtype, config)]
             wide = [master for master in masters if not _is_narrow(master.dtype, config)]
-            stores: list[_Store] = [_WideStore(kind, moments, wide, context)] if wide else []
+            stores = [_Store(kind, moments, wide, None, context)] if wide else []
             for together in _sets_that_lie_alike(narrow, context):
-                stores.append(_NarrowStore(kind, moments, together, config.states, context))
+                stores.append(_Store(kind, moments, together, config.states, context))
                 self._draws = True
             self._stores.append(stores)
 
@@ -128,71 +143,25 @@ def _portions(numels: Sequence[int]) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
-class _WideStore:
-    """Moments as tensors of the masters' shape and dtype."""
-
-    def __init__(
-        self, kind: str, moments: Sequence[Moment], masters: Sequence[nn.Parameter], context: OptimizerContext
-    ) -> None:
-        self._kind = kind
-        self._moments = moments
-        self._masters = list(masters)
-        self._context = context
-        self._values = [[torch.zeros_like(master, requires_grad=False) for master in masters] for _ in moments]
-        self._portions = _portions([master.numel() for master in masters])
-
-    def step(self, update: Update, clip: torch.Tensor | None, skip: torch.Tensor | None, number: int) -> None:
-        del number
-        for portion in self._portions:
-            gradients = [self._context.gradient(self._masters[index]) for index in portion]
-            present = [index for index, gradient in zip(portion, gradients, strict=True) if gradient is not None]
-            update(
-                [self._masters[index].detach() for index in present],
-                [gradient for gradient in gradients if gradient is not None],
-                [[values[index] for index in present] for values in self._values],
-                clip,
-                skip,
-            )
-            self._context.updated([self._masters[index] for index in portion])
-
-    def tensors(self) -> Iterable[StateTensor]:
-        for index, master in enumerate(self._masters):
-            for moment, values in zip(self._moments, self._values, strict=True):
-                yield StateTensor(f"{self._kind}.{moment.name}", master, values[index])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Elements [start, stop) of a master's flat storage, at `offset` in a chunk."""
-
-    master: int
-    start: int
-    stop: int
-    offset: int
-
-
-class _NarrowStore:
-    """Moments of several masters behind one another in one flat storage each, every master from the start of a block."""
+class _Store:
+    """Moments of several masters. states: how they are kept, which may be rounded; None: as tensors of the masters' shape and dtype."""
 
     def __init__(
         self,
         kind: str,
         moments: Sequence[Moment],
         masters: Sequence[nn.Parameter],
-        states: str,
+        states: str | None,
         context: OptimizerContext,
     ) -> None:
         self._kind = kind
         self._moments = moments
         self._masters = list(masters)
+        self._states = states
         self._context = context
-        self._starts, length = [], 0
-        for master in self._masters:
-            self._starts.append(length)
-            length += -(-master.numel() // BLOCK) * BLOCK
-        self._length = length
-        self._values: list[_NarrowValues] = [_narrow_values(moment, states, length, context) for moment in moments]
-        self._key = self._names_and_place()
+        self._values = [_allocated(moment, masters, states, context.device) for moment in moments]
+        self._portions = _portions([master.numel() for master in masters])
+        self._key = "" if states is None else self._names_and_place()
 
     def _names_and_place(self) -> str:
         layouts = [self._context.shard(master).layout for master in self._masters]
@@ -201,121 +170,71 @@ class _NarrowStore:
         return f"{place} {' '.join(layout.full_name for layout in layouts)}"
 
     def step(self, update: Update, clip: torch.Tensor | None, skip: torch.Tensor | None, number: int) -> None:
-        for low, high, parts in self._chunks():
-            generator = keyed_generator(self._context.device, self._context.seed, number, low, self._key)
-            masters = [self._masters[part.master].detach().view(-1)[part.start : part.stop] for part in parts]
-            gradients = [self._gradient(part) for part in parts]
-            wide_masters = self._widened(masters, parts, high - low)
-            wide_gradients = self._widened(gradients, parts, high - low)
-            moments = [values.read(low, high) for values in self._values]
-            update([wide_masters], [wide_gradients], [[moment] for moment in moments], clip, skip)
-            for values, moment in zip(self._values, moments, strict=True):
-                values.write(low, high, moment, skip, generator)
-            if masters[0].dtype == torch.bfloat16:
-                wide_masters = round_to_bf16(wide_masters, generator)
-            torch._foreach_copy_(masters, _views(wide_masters, parts))
-
-    def _gradient(self, part: _Part) -> torch.Tensor:
-        gradient = self._context.gradient(self._masters[part.master])
-        assert gradient is not None, "a step before the first backward pass"
-        return gradient.reshape(-1)[part.start : part.stop]
-
-    def _widened(self, tensors: Sequence[torch.Tensor], parts: Sequence[_Part], length: int) -> torch.Tensor:
-        wide = torch.zeros(length, dtype=torch.float32, device=self._context.device)
-        torch._foreach_copy_(_views(wide, parts), list(tensors))
-        return wide
-
-    def _chunks(self) -> Iterator[tuple[int, int, list[_Part]]]:
-        """[low, high) of the flat storage, and what of the masters lies in it."""
-        step = max(CHUNK_ELEMENTS // BLOCK, 1) * BLOCK
-        for low in range(0, self._length, step):
-            high = min(low + step, self._length)
-            parts = []
-            for index, (start, master) in enumerate(zip(self._starts, self._masters, strict=True)):
-                first, last = max(low, start), min(high, start + master.numel())
-                if first < last:
-                    parts.append(_Part(index, first - start, last - start, first - low))
-            yield low, high, parts
+        for portion in self._portions:
+            gradients = [self._context.gradient(self._masters[index]) for index in portion]
+            present = [index for index, gradient in zip(portion, gradients, strict=True) if gradient is not None]
+            masters = [self._masters[index] for index in present]
+            seed = None
+            if self._states is not None:
+                assert len(present) == len(portion), "a step before the first backward pass"
+                seed = keyed_seed(self._context.seed, number, portion.start, self._key)
+            given = Portion(
+                [master.detach() for master in masters],
+                [gradient for gradient in gradients if gradient is not None],
+                [[values[index] for index in present] for values in self._values],
+                self._context.copies(masters),
+                seed,
+            )
+            update(given, clip, skip)
+            self._context.updated([self._masters[index] for index in portion])
 
     def tensors(self) -> Iterable[StateTensor]:
-        for start, master in zip(self._starts, self._masters, strict=True):
+        for index, master in enumerate(self._masters):
             for moment, values in zip(self._moments, self._values, strict=True):
-                yield values.state_tensor(f"{self._kind}.{moment.name}", master, start)
+                yield self._state_tensor(f"{self._kind}.{moment.name}", master, values[index], index)
 
-
-def _views(flat: torch.Tensor, parts: Sequence[_Part]) -> Tensors:
-    return [flat[part.offset : part.offset + part.stop - part.start] for part in parts]
-
-
-class _NarrowValues(Protocol):
-    """Flat values of which ranges are read as float32 and written."""
-
-    def read(self, low: int, high: int) -> torch.Tensor: ...
-
-    def write(
-        self, low: int, high: int, values: torch.Tensor, skip: torch.Tensor | None, generator: torch.Generator
-    ) -> None: ...
-
-    def state_tensor(self, kind: str, master: nn.Parameter, start: int) -> StateTensor: ...
-
-
-def _narrow_values(moment: Moment, states: str, length: int, context: OptimizerContext) -> _NarrowValues:
-    if states == "int8":
-        return _CodedValues(SECOND_MOMENT if moment.positive else FIRST_MOMENT, length, context)
-    return _FloatValues(torch.bfloat16 if states == "bf16" else torch.float32, length, context)
-
-
-class _FloatValues:
-    """As float32 (read in place) or bf16."""
-
-    def __init__(self, dtype: torch.dtype, length: int, context: OptimizerContext) -> None:
-        self._values = torch.zeros(length, dtype=dtype, device=context.device)
-
-    def read(self, low: int, high: int) -> torch.Tensor:
-        return self._values[low:high].to(torch.float32)
-
-    def write(
-        self, low: int, high: int, values: torch.Tensor, skip: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
-        """In a skipped step the values are what was read, which neither format changes."""
-        del skip
-        if self._values.dtype == torch.bfloat16:
-            self._values[low:high].copy_(round_to_bf16(values, generator))
-
-    def state_tensor(self, kind: str, master: nn.Parameter, start: int) -> StateTensor:
-        return StateTensor(kind, master, self._values[start : start + master.numel()].view(master.shape))
-
-
-class _CodedValues:
-    """As 8-bit codes and a scale for each block of 256."""
-
-    def __init__(self, code: Code, length: int, context: OptimizerContext) -> None:
-        self._code = code
-        self._context = context
-        self._codes = torch.zeros(length, dtype=code.dtype, device=context.device)
-        self._scales = torch.zeros(length // BLOCK, dtype=torch.float32, device=context.device)
-
-    def read(self, low: int, high: int) -> torch.Tensor:
-        return self._code.decode(self._codes[low:high], self._scales[low // BLOCK : high // BLOCK])
-
-    def write(
-        self, low: int, high: int, values: torch.Tensor, skip: torch.Tensor | None, generator: torch.Generator
-    ) -> None:
-        codes, scales = self._code.encode(values, generator)
-        kept = [self._codes[low:high], self._scales[low // BLOCK : high // BLOCK]]
-        assign_unless(skip, kept, [codes, scales])
-
-    def state_tensor(self, kind: str, master: nn.Parameter, start: int) -> StateTensor:
-        """The values as a copy on the host, so that saving needs no wide copy on the device; what is loaded is coded again."""
-        stop = start + -(-master.numel() // BLOCK) * BLOCK
-        copy = self.read(start, stop).cpu()[: master.numel()].view(master.shape)
+    def _state_tensor(self, kind: str, master: nn.Parameter, kept: Kept, index: int) -> StateTensor:
+        """Coded values as a copy on the host, so that saving needs no wide copy on the device; what is loaded is coded again."""
+        if isinstance(kept, torch.Tensor):
+            return StateTensor(kind, master, kept)
+        coded, context = kept, self._context
+        copy = coded.code.decode(coded.codes, coded.scales).cpu()[: coded.numel].view(master.shape)
 
         def store() -> None:
-            padded = torch.zeros(stop - start, dtype=torch.float32, device=self._context.device)
-            padded[: master.numel()].copy_(copy.view(-1))
-            self.write(
-                start, stop, padded, None, keyed_generator(self._context.device, self._context.seed, kind, start)
-            )
+            padded = torch.zeros(len(coded.codes), dtype=torch.float32, device=context.device)
+            padded[: coded.numel].copy_(copy.view(-1))
+            codes, scales = coded.code.encode(padded, keyed_generator(context.device, context.seed, kind, index))
+            coded.codes.copy_(codes)
+            coded.scales.copy_(scales)
 
-        stored = stop - start + (stop - start) // BLOCK * 4
-        return StateTensor(kind, master, copy, store=store, stored_bytes=stored)
+        return StateTensor(kind, master, copy, store=store, stored_bytes=coded.codes.nbytes + coded.scales.nbytes)
+
+
+def _allocated(
+    moment: Moment, masters: Sequence[nn.Parameter], states: str | None, device: torch.device
+) -> Sequence[Kept]:
+    """Zeros. What is narrower lies in one flat storage, every master's from the start of a block."""
+    if states is None:
+        return [torch.zeros_like(master, requires_grad=False) for master in masters]
+    starts, length = [], 0
+    for master in masters:
+        starts.append(length)
+        length += -(-master.numel() // BLOCK) * BLOCK
+    if states == "int8":
+        return _coded_zeros(SECOND_MOMENT if moment.positive else FIRST_MOMENT, masters, starts, length, device)
+    flat = torch.zeros(length, dtype=torch.bfloat16 if states == "bf16" else torch.float32, device=device)
+    return [
+        flat[start : start + master.numel()].view(master.shape) for start, master in zip(starts, masters, strict=True)
+    ]
+
+
+def _coded_zeros(
+    code: Code, masters: Sequence[nn.Parameter], starts: Sequence[int], length: int, device: torch.device
+) -> list[Coded]:
+    codes = torch.zeros(length, dtype=code.dtype, device=device)
+    scales = torch.zeros(length // BLOCK, dtype=torch.float32, device=device)
+    found = []
+    for start, stop, master in zip(starts, [*starts[1:], length], masters, strict=True):
+        own = slice(start // BLOCK, stop // BLOCK)
+        found.append(Coded(codes[start:stop], scales[own], code, master.numel()))
+    return found

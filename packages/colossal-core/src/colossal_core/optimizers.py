@@ -46,6 +46,11 @@ def _nobody_waits(masters: Sequence[torch.nn.Parameter]) -> None:
     del masters
 
 
+def _no_copies(masters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor] | None:
+    del masters
+    return None
+
+
 @dataclass(frozen=True)
 class OptimizerContext:
     """What an optimizer may use beside its groups.
@@ -53,7 +58,10 @@ class OptimizerContext:
     ops: the plan's kernels. collectives: the other ranks, on the plan's mesh. shards: by id() of the master, trained ones only. coordinate:
     this rank's along every axis. device: where its numbers live. seed: the run's. updated: may be called, part by part, with masters
     that the running step is done with: what the next forward pass needs of them is then sent while the others are updated. master_dtype: of
-    every master, also where this rank (a pipeline stage) has none; None where nobody has said. blocks: names of the model's blocks.
+    every master, also where this rank (a pipeline stage) has none; None where nobody has said. blocks: names of the model's blocks. copies:
+    for masters that the running step is about to update, where it is to write their new values too, each of its master's shape, in the
+    compute dtype; None: nowhere. Who asks writes them, in a skipped step too (ops have an argument for it): so the copies cost no pass of
+    their own.
     """
 
     ops: OpTable
@@ -65,6 +73,7 @@ class OptimizerContext:
     updated: Callable[[Sequence[torch.nn.Parameter]], None] = _nobody_waits
     master_dtype: torch.dtype | None = None
     blocks: frozenset[str] = frozenset()
+    copies: Callable[[Sequence[torch.nn.Parameter]], list[torch.Tensor] | None] = _no_copies
 
     def shard(self, master: torch.Tensor) -> Shard:
         return self.shards[id(master)]
@@ -203,6 +212,7 @@ def _from_config(
         updated=context.parameter_state().updated,
         master_dtype=context.precision.master,
         blocks=frozenset(context.blocks),
+        copies=context.parameter_state().copies,
     )
     return spec.factory(groups, section, seen)
 

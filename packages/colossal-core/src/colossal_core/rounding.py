@@ -21,10 +21,15 @@ _CERTAIN = 1e-4
 """A chance this near to 0 or 1 is float32's own error (2.5e-5 at most): what a code stands for is given the same code again."""
 
 
+def keyed_seed(*key: int | str) -> int:
+    """A seed in [0, 2^63) that depends on the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
     """A generator whose numbers depend on the key alone: the same on every rank that asks with the same key on the same kind of device."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator(device).manual_seed(keyed_seed(*key))
 
 
 def round_to_bf16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -80,3 +85,17 @@ class Code:
 
 FIRST_MOMENT = Code(power=2, levels=127, dtype=torch.int8, positive=False)
 SECOND_MOMENT = Code(power=4, levels=255, dtype=torch.uint8, positive=True)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A contiguous tensor of `numel` elements that is kept as codes: flat [k * 256], the last block padded, and scales, float32 [k]."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    code: Code
+    numel: int
+
+
+Kept = torch.Tensor | Coded
+"""A tensor of an optimizer's state, however it is kept."""

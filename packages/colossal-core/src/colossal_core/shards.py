@@ -79,6 +79,11 @@ class ParameterState(Protocol):
     def finish_reduce(self) -> None:
         """Once a step, after the last backward pass: waits for every reduction; `gradient` is set everywhere, of unused parameters too."""
 
+    def copies(self, masters: Sequence[nn.Parameter]) -> list[torch.Tensor] | None:
+        """Inside the optimizer's step: where the new values of these masters go too, in the compute dtype, each of its master's shape. Who
+        asks writes all of them before it calls `updated`. None: nowhere; they are carried later.
+        """
+
     def updated(self, masters: Sequence[nn.Parameter]) -> None:
         """Inside the optimizer's step: these masters have their new values. May start carrying them into the compute copies."""
 

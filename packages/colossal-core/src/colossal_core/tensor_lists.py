@@ -48,11 +48,14 @@ def _cut(row: tuple[torch.Tensor, ...], limit: int) -> Iterator[tuple[torch.Tens
         yield tuple(tensor[start : start + limit] for tensor in flat)
 
 
-def clipped(gradients: Sequence[torch.Tensor], clip: torch.Tensor | None) -> Tensors:
-    """The gradients times the 0-d factor, as copies; themselves where there is no factor. Raw gradients stay readable after the step."""
-    if clip is None or not gradients:
-        return list(gradients)
-    return list(torch._foreach_mul(list(gradients), clip.to(gradients[0].dtype)))
+def clipped(gradients: Sequence[torch.Tensor], clip: torch.Tensor | None, dtype: torch.dtype | None = None) -> Tensors:
+    """The gradients in `dtype` (their own) times the 0-d factor, as copies; themselves where nothing changes. Raw gradients stay readable
+    after the step.
+    """
+    found = [gradient.to(dtype or gradient.dtype) for gradient in gradients]
+    if clip is None or not found:
+        return found
+    return list(torch._foreach_mul(found, clip.to(found[0].dtype)))
 
 
 def assign_unless(skip: torch.Tensor | None, targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

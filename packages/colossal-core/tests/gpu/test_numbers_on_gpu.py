@@ -61,7 +61,7 @@ def test_the_ops_never_wait_for_the_device() -> None:
     try:
         adamw_step(params, grads, firsts, seconds, settings=AdamWSettings(1e-3), step=step, clip=clip, skip=skip)
         total, _ = cross_entropy(hidden @ weight.T, labels)
-        torch.autograd.backward(total + linear_cross_entropy(hidden, weight, labels, chunk=5))
+        torch.autograd.backward(total + linear_cross_entropy(hidden, weight, labels, budget_bytes=5 * 32 * 4))
         key = RandomKey.of(7, 3, GPU)
         keyed_dropout(hidden, 0.3, key, labels, 5)
     finally:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from colossal_core import moments
 from colossal_core.config import parse_config
 from colossal_core.errors import ConfigError
 from colossal_core.gradients import clip_factor
+from colossal_core.ops import narrow
 from colossal_core.ops.adamw import AdamWSettings, adamw_step
 from colossal_core.optimizers import optimizer_problems
 from colossal_core.plugins import discover
@@ -98,7 +98,7 @@ def kept(trained: Trained) -> dict[tuple[str, str], torch.Tensor]:
 def test_resumes_bit_for_bit(
     boosted: Boosted, batch_of: BatchOf, tmp_path: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moments, "CHUNK_ELEMENTS", 512)
+    monkeypatch.setattr(narrow, "CHUNK_ELEMENTS", 512)
     saved, resumed = boosted(config=config_of(keys)), boosted(config=config_of(keys))
     train(saved, batch_of, 0, 3)
     saved.save(tmp_path)

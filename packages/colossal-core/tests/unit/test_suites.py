@@ -78,12 +78,36 @@ class TestCrossEntropy(OpSuite):
     implementation = REFERENCE["cross_entropy"]
 
 
+class TestMergeAttention(OpSuite):
+    implementation = REFERENCE["merge_attention"]
+
+
+class TestVocabularyStatistics(OpSuite):
+    implementation = REFERENCE["vocabulary_statistics"]
+
+
+class TestVocabularyGradient(OpSuite):
+    implementation = REFERENCE["vocabulary_gradient"]
+
+
 class TestLinearCrossEntropy(OpSuite):
     implementation = REFERENCE["linear_cross_entropy"]
 
 
 class TestAdamWStep(OpSuite):
     implementation = REFERENCE["adamw_step"]
+
+
+class TestLionStep(OpSuite):
+    implementation = REFERENCE["lion_step"]
+
+
+class TestSgdStep(OpSuite):
+    implementation = REFERENCE["sgd_step"]
+
+
+class TestSymmetricProduct(OpSuite):
+    implementation = REFERENCE["symmetric_product"]
 
 
 class _DetachedGate(torch.autograd.Function):

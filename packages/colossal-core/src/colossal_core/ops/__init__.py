@@ -2,6 +2,6 @@
 plan.
 """
 
-from colossal_core.ops.table import OP_NAMES, OpImplementation, OpTable, build_op_table
+from colossal_core.ops.table import OP_NAMES, OpImplementation, OpTable, build_op_table, op_problems
 
-__all__ = ["OP_NAMES", "OpImplementation", "OpTable", "build_op_table"]
+__all__ = ["OP_NAMES", "OpImplementation", "OpTable", "build_op_table", "op_problems"]

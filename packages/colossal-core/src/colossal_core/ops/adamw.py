@@ -4,12 +4,14 @@ torch; tried on 2.11 and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from colossal_core._torch_private import fused_adamw
+from colossal_core.ops.narrow import must_be_widened, plain, update_in_float32
+from colossal_core.rounding import Kept
 from colossal_core.tensor_lists import Tensors, bounded_groups, clipped
 
 
@@ -43,16 +45,18 @@ class _Factors:
     root_correction: torch.Tensor
 
 
-def adamw_step(
+def adamw_step(  # noqa: PLR0913 - one pass over all that a step is
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avgs: Sequence[Kept],
+    exp_avg_sqs: Sequence[Kept],
     *,
     settings: AdamWSettings,
     step: torch.Tensor,
     clip: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
+    copies: Sequence[torch.Tensor] | None = None,
+    seed: int | None = None,
 ) -> None:
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2), in place on params, exp_avgs and exp_avg_sqs; never
     on grads.
@@ -60,45 +64,114 @@ def adamw_step(
         g <- clip * grad;  m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
         p <- (1 - lr * weight_decay) p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-    The four lists agree in length, and item by item in shape, dtype and device; any shape, so flat shards too. step:
-    0-d, the number of this update, 1 for the first; it is only read. clip: 0-d factor on every gradient. skip: 0-d
-    bool; where it is True nothing changes, whatever the gradients or `clip` hold, and the caller does not count the
-    step. Everything stays on the device: the host never waits.
+    The lists agree in length, and item by item in shape and device; any shape, so flat shards too. Each list is of one
+    dtype: grads and moments may be narrower than params, moments `Coded` too. step: 0-d, the number of this update, 1
+    for the first; it is only read. clip: 0-d factor on every gradient, of clipping and unscaling. skip: 0-d bool; where
+    it is True nothing changes, whatever the gradients or `clip` hold, and the caller does not count the step. copies:
+    get params' values after the step, to the nearest in their dtype; in a skipped step too. seed: bf16 params and
+    moments, and codes, are rounded stochastically, by it alone; without one, to the nearest, and nothing is coded.
+    Everything stays on the device: the host never waits.
+
+    Least bytes an element: those of the gradient once, of parameter and moments twice, of the copy once: 28 for a
+    bf16 gradient, float32 parameter and moments and a bf16 copy.
     """
-    assert len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs), "lists of one length"
-    if not params:
-        return
-    factors = _factors(settings, step, skip, params[0].dtype)
-    for group, raw, first, second in bounded_groups(params, grads, exp_avgs, exp_avg_sqs):
-        gradients = clipped(raw, clip)
-        if skip is not None:
-            gradients = [gradient.masked_fill(skip, 0.0) for gradient in gradients]
-        _update(group, gradients, first, second, settings, factors)
+    _step(_update_by_lists, params, grads, (exp_avgs, exp_avg_sqs), settings, step, clip, skip, copies, seed)
 
 
-def adamw_step_fused(
+def adamw_step_fused(  # noqa: PLR0913 - as the reference
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
+    exp_avgs: Sequence[Kept],
+    exp_avg_sqs: Sequence[Kept],
     *,
     settings: AdamWSettings,
     step: torch.Tensor,
     clip: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
+    copies: Sequence[torch.Tensor] | None = None,
+    seed: int | None = None,
 ) -> None:
-    """`adamw_step` by torch's fused kernel: one pass over the states, and before it one over the gradients where they are clipped.
+    """`adamw_step` by torch's fused kernel: one pass over the states, and before it one over the gradients where they are clipped or
+    narrower, after it one for the copies.
 
     Clipped gradients are copies, of at most `GROUP_ELEMENTS` at a time: the kernel's own scaling would overwrite the raw ones.
     """
-    assert len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs), "lists of one length"
+    _step(_update_by_torchs_kernel, params, grads, (exp_avgs, exp_avg_sqs), settings, step, clip, skip, copies, seed)
+
+
+_Update = Callable[
+    [
+        Sequence[torch.Tensor],
+        Sequence[torch.Tensor],
+        Sequence[Sequence[torch.Tensor]],
+        AdamWSettings,
+        torch.Tensor,
+        "torch.Tensor | None",
+        "torch.Tensor | None",
+    ],
+    None,
+]
+
+
+def _step(  # noqa: PLR0913 - as the reference
+    update: _Update,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    moments: tuple[Sequence[Kept], Sequence[Kept]],
+    settings: AdamWSettings,
+    step: torch.Tensor,
+    clip: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    copies: Sequence[torch.Tensor] | None,
+    seed: int | None,
+) -> None:
+    assert len(params) == len(grads) == len(moments[0]) == len(moments[1]), "lists of one length"
     if not params:
         return
+
+    def widened(masters: Tensors, gradients: Tensors, states: Sequence[Sequence[torch.Tensor]]) -> None:
+        update(masters, gradients, states, settings, step, clip, skip)
+
+    if must_be_widened(params, moments, seed):
+        update_in_float32(widened, params, grads, moments, skip, seed)
+    else:
+        widened(list(params), list(grads), [plain(moment) for moment in moments])
+    if copies is not None:
+        torch._foreach_copy_(list(copies), list(params))
+
+
+def _update_by_torchs_kernel(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    moments: Sequence[Sequence[torch.Tensor]],
+    settings: AdamWSettings,
+    step: torch.Tensor,
+    clip: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> None:
     count = step.to(device=params[0].device, dtype=torch.float32).clamp(min=1.0)
     found_inf = None if skip is None else skip.to(device=params[0].device, dtype=torch.float32)
     numbers = (settings.lr, settings.beta1, settings.beta2, settings.weight_decay, settings.eps)
-    for group, raw, first, second in bounded_groups(params, grads, exp_avgs, exp_avg_sqs):
-        fused_adamw((group, clipped(raw, clip), first, second), [count] * len(group), numbers, found_inf)
+    for group, raw, first, second in bounded_groups(params, grads, *moments):
+        gradients = clipped(raw, clip, group[0].dtype)
+        fused_adamw((group, gradients, first, second), [count] * len(group), numbers, found_inf)
+
+
+def _update_by_lists(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    moments: Sequence[Sequence[torch.Tensor]],
+    settings: AdamWSettings,
+    step: torch.Tensor,
+    clip: torch.Tensor | None,
+    skip: torch.Tensor | None,
+) -> None:
+    factors = _factors(settings, step, skip, params[0].dtype)
+    for group, raw, first, second in bounded_groups(params, grads, *moments):
+        gradients = clipped(raw, clip, group[0].dtype)
+        if skip is not None:
+            gradients = [gradient.masked_fill(skip, 0.0) for gradient in gradients]
+        _update(group, gradients, first, second, settings, factors)
 
 
 def _factors(settings: AdamWSettings, step: torch.Tensor, skip: torch.Tensor | None, dtype: torch.dtype) -> _Factors:

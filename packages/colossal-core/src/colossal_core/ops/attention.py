@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from colossal_core.ops.norms import statistics_dtype
 
 
 def attention(
@@ -60,3 +63,38 @@ def _exact(
     blind = (scores == -math.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
     return F.dropout(weights, dropout, training=dropout > 0.0) @ v_BHSE
+
+
+def merge_attention(
+    outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], *, overwrite: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all keys from attention over parts of them (Liu et al. 2023, section 3; the merge is Milakov and
+    Gimelshein 2018, section 3.1).
+
+        lse = log(sum_i exp(lse_i));  out = sum_i exp(lse_i - lse) out_i
+
+    outputs: at least one, each [B, H, L, D]; lses: as many, each [B, H, L], logsumexp of the scores of the part's keys,
+    float32 (float64 for float64). Returns out in the first output's dtype and lse in the first's. A part that a query
+    sees nothing of has lse -inf and adds nothing, whatever its output holds; a query that sees nothing at all gives
+    zeros and -inf, with zero gradients. overwrite: the result takes the memory of the first output and lse, one step of
+    a ring (the first output is best kept in float32 there); not differentiable.
+    """
+    assert len(outputs) == len(lses) > 0, f"{len(outputs)} outputs, {len(lses)} lses"
+    if overwrite:
+        with torch.no_grad():
+            out, lse = merge_attention(outputs, lses)
+            return outputs[0].detach().copy_(out), lses[0].detach().copy_(lse)
+    wide = statistics_dtype(outputs[0].dtype)
+    parts_PBHL = torch.stack([lse.to(wide) for lse in lses])
+    with torch.no_grad():
+        largest = parts_PBHL.amax(0)
+        largest = largest.masked_fill(largest == -math.inf, 0.0)
+    weights_PBHL = (parts_PBHL - largest).exp()
+    blind = (parts_PBHL == -math.inf).all(0)
+    total = weights_PBHL.sum(0).masked_fill(blind, 1.0)
+    lse = (total.log() + largest).masked_fill(blind, -math.inf)
+    out = torch.zeros((), dtype=wide, device=lse.device)
+    for part, weight in zip(outputs, weights_PBHL / total, strict=True):
+        unseen = (weight == 0.0).unsqueeze(-1)
+        out = out + part.to(wide).masked_fill(unseen, 0.0) * weight.unsqueeze(-1)
+    return out.to(outputs[0].dtype), lse.to(lses[0].dtype)

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
-from colossal_core.testing.op_cases import attention, gates, losses, norms, optimizers
+from colossal_core.testing.op_cases import attention, experts, gates, losses, low_precision, norms, optimizers
 from colossal_core.testing.op_cases.case import Cases, OpCase
 
 __all__ = ["OpCase", "op_cases"]
 
-FAMILIES = (norms, gates, attention, losses, optimizers)
+FAMILIES = (norms, gates, attention, experts, losses, low_precision, optimizers)
 
 
 def op_cases(op: str, dtype: torch.dtype) -> tuple[OpCase, ...]:
