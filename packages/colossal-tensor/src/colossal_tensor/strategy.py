@@ -131,11 +131,12 @@ class TensorStrategy:
 
     @staticmethod
     def _loss(cutting: Cutting, context: ApplyContext, plan: Plan) -> VocabularyCrossEntropy:
-        """Of split logits; compiled where blocks are."""
+        """Of split logits: by the op table's kernels; without them compiled where blocks are."""
         from colossal_tensor.cross_entropy import Words, vocabulary_cross_entropy
 
         start, stop = cutting.words[context.collectives.index(AXIS)]
-        loss = vocabulary_cross_entropy(context.collectives, AXIS, Words(start, stop, cutting.words[-1][1]))
+        words = Words(start, stop, cutting.words[-1][1])
+        loss = vocabulary_cross_entropy(context.collectives, AXIS, words, context.ops)
         compiling = plan.config.compile
         return loss.compiled(compiling.backend, dynamic=compiling.dynamic) if compiling.enabled else loss
 

@@ -130,8 +130,20 @@ class FlatBucket:
 
     # --- parameters
 
-    def start_gather(self) -> None:
-        """The masters go into the compute copy, and every rank's range to every rank. Nothing where it is whole (stage 3)."""
+    def copy_of(self, position: int) -> torch.Tensor | None:
+        """Where the new values of this rank's part of a parameter go, of its master's shape. None: nowhere before `start_gather`, which in
+        stage 3 makes room there; or the masters lie in the compute copy.
+        """
+        if self._formats.stage == 3 or self._shared:
+            return None
+        if not self._formats.stage:
+            return self._cut(self._compute)[position]
+        return self._compute[self._own][self._held(position)]
+
+    def start_gather(self, *, copied: bool = False) -> None:
+        """The masters go into the compute copy (copied: they are there), and every rank's range to every rank. Nothing where it is whole
+        (stage 3).
+        """
         if self._formats.stage == 3:
             if self._whole:
                 return
@@ -140,17 +152,17 @@ class FlatBucket:
                 parameter.data = view
             self._whole = True
         own = self._compute[self._own]
-        if not self._shared:
+        if not self._shared and not copied:
             own.copy_(self._master)
         if self._formats.stage and self._num_shards > 1:
             tag = f"parameter bucket {self.index}"
             self._gathering = self._collectives.start_all_gather(self._compute, own, SHARD_AXES, use="gather", tag=tag)
 
-    def refresh(self) -> None:
-        """`start_gather` of the masters as they are now, whatever the compute copy holds."""
+    def refresh(self, *, copied: bool) -> None:
+        """`start_gather` of the masters as they are now, whatever the compute copy holds. copied: they are in this rank's range of it."""
         if self._formats.stage == 3:
             self.release()
-        self.start_gather()
+        self.start_gather(copied=copied and self._formats.stage < 3)
 
     def wait_gathered(self) -> None:
         if self._gathering is not None:

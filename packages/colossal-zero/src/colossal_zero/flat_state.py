@@ -72,6 +72,9 @@ class FlatState:
             for bucket in self._buckets
             for position, layout in enumerate(bucket.layouts)
         }
+        self._place_of_master = {
+            id(bucket.shards[position].master): (bucket, position) for bucket, position in self._place.values()
+        }
         self._of_unit: dict[str, list[FlatBucket]] = {}
         for bucket in self._buckets:
             for unit in dict.fromkeys(layout.block for layout in bucket.layouts):
@@ -153,6 +156,14 @@ class FlatState:
 
     def _is_kept(self) -> bool:
         return self._keeps_for_step and not self._is_last
+
+    def copies(self, masters: Sequence[nn.Parameter]) -> list[torch.Tensor] | None:
+        places = [self._place_of_master[id(master)] for master in masters]
+        found = [copy for bucket, position in places if (copy := bucket.copy_of(position)) is not None]
+        if not found or len(found) < len(masters):
+            return None
+        self._publication.copied(masters)
+        return found
 
     def updated(self, masters: Sequence[nn.Parameter]) -> None:
         self._publication.updated(masters)

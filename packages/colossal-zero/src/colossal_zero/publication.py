@@ -30,6 +30,12 @@ class Publication:
         self._outdated = {
             id(shard.master): bucket.index for bucket in self._buckets if bucket.trainable for shard in bucket.shards
         }
+        self._uncopied = dict(self._outdated)
+
+    def copied(self, masters: Sequence[nn.Parameter]) -> None:
+        """The optimizer writes the new values of these masters into the compute copies itself, before it calls `updated`."""
+        for master in masters:
+            self._uncopied.pop(id(master), None)
 
     @property
     def refreshed(self) -> Sequence[FlatBucket]:
@@ -42,15 +48,14 @@ class Publication:
             self._outdated.pop(id(master), None)
         incomplete = set(self._outdated.values())
         while self._left and self._left[0].index not in incomplete:
-            _refresh(self._left.popleft())
+            self._refresh(self._left.popleft())
 
     def finish(self) -> None:
         """Refreshes what is left: of optimizers that say nothing until they are done, everything."""
         for bucket in self._left:
-            _refresh(bucket)
+            self._refresh(bucket)
         self.begin()
 
-
-@torch.no_grad()
-def _refresh(bucket: FlatBucket) -> None:
-    bucket.refresh()
+    @torch.no_grad()
+    def _refresh(self, bucket: FlatBucket) -> None:
+        bucket.refresh(copied=bucket.trainable and bucket.index not in self._uncopied.values())

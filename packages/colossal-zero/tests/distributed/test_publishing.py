@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from colossal_core import moments
 from colossal_core.testing import RunSpec, WorkerPool, compare, table
 from colossal_core.testing.models import TinyModel, TokenBatches
 from colossal_core.testing.parity import oracle_of, share_of_step, start
 from colossal_core.testing.probes import forget_traffic, record, traffic
+from colossal_zero.flat_bucket import FlatBucket
+from colossal_zero.flat_state import FlatState
 
 if TYPE_CHECKING:
     from colossal_core.collectives import Collectives
@@ -129,3 +132,52 @@ def test_is_exact(pool: WorkerPool, stage: int) -> None:
     oracle = pool.run(1, record, oracle_of(spec_of(stage)))[0]
     rows = compare(pool.run(2, one_by_one, spec_of(stage)), oracle)
     assert all(row.passed for row in rows), f"\n{table(rows)}"
+
+
+def copied_by_optimizer(
+    collectives: Collectives, spec: RunSpec, asked: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[bool]]:
+    """Parameters as the model has them and as masters after some steps, and, for each refresh of a bucket, whether the optimizer had
+    written the new values into the compute copy. asked: False: the optimizer is told of no copies.
+    """
+    patch = pytest.MonkeyPatch()
+    found: list[bool] = []
+    refresh = FlatBucket.refresh
+
+    def noted(bucket: FlatBucket, *, copied: bool) -> None:
+        found.append(copied)
+        refresh(bucket, copied=copied)
+
+    patch.setattr(FlatBucket, "refresh", noted)
+    if not asked:
+        patch.setattr(FlatState, "copies", lambda state, masters: None)
+    try:
+        trained = start(spec, collectives)
+        found.clear()  # those of the first values
+        for step in range(3):
+            trained.train_step(share_of_step(spec, trained.plan, collectives.rank, step))
+    finally:
+        patch.undo()
+    trained._engine.state.wait_published()
+    names = list(trained.plan.layouts)
+    computed = [trained._engine.state.shards[name].parameter.detach().clone() for name in names]
+    return computed, [trained.full_parameter(name) for name in names], found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "keys", [{"name": "adamw"}, {"name": "lion", "states": "int8"}, {"name": "sgd"}, {"name": "lamb"}]
+)
+def test_the_optimizer_writes_the_compute_copies(pool: WorkerPool, keys: dict[str, str], stage: int) -> None:
+    """Bit for bit what a pass of its own after the optimizer would write; under stage 3 the copy is not there yet."""
+    overrides = {"precision": "bf16", **{f"optimizer.{key}": value for key, value in keys.items()}}
+    spec = spec_of(stage).with_overrides(overrides)
+    runs = zip(pool.run(2, copied_by_optimizer, spec, True), pool.run(2, copied_by_optimizer, spec, False), strict=True)
+    for (computed, masters, copied), (wanted, same_masters, never) in runs:
+        assert all(torch.equal(one, other) for one, other in zip(masters, same_masters, strict=True))
+        if stage < 3:
+            assert all(torch.equal(one, other) for one, other in zip(computed, wanted, strict=True))
+            assert all(torch.equal(one, master.bfloat16()) for one, master in zip(computed, masters, strict=True))
+            assert copied
+            assert set(copied) == {keys["name"] != "lamb"}
+        assert not any(never)

@@ -63,6 +63,7 @@ class Muon:
         self._adamw = AdamW([{**group, "lr": rate} for group in rest], config, context)
         self.param_groups = [*self._groups, *self._adamw.param_groups]
         self._context = context
+        self._product = context.ops["symmetric_product"]
         self._momenta = {
             id(master): torch.zeros_like(master, requires_grad=False)
             for group in self._groups
@@ -80,7 +81,7 @@ class Muon:
             after = None if following is None else self._start(following, clip, skip)
             assert arriving is not None
             matrices = bucket.exchange.finish_gather(arriving)
-            started = bucket.exchange.start_scatter([orthogonalise(batch) for batch in matrices])
+            started = bucket.exchange.start_scatter([orthogonalise(batch, self._product) for batch in matrices])
             if returning is not None:
                 self._finish(*returning, skip)
             arriving, returning = after, (bucket, started)
