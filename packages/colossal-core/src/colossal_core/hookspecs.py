@@ -16,6 +16,7 @@ import pluggy
 if TYPE_CHECKING:
     import torch
 
+    from colossal_core.benchmarks import Benchmark
     from colossal_core.collectives import Collectives
     from colossal_core.mesh import MeshLayout
     from colossal_core.ops import OpImplementation
@@ -45,6 +46,12 @@ def colossal_ops() -> Sequence[OpImplementation]:
 @hookspec
 def colossal_optimizers() -> Sequence[OptimizerSpec]:
     """Optimizers by the name that `optimizer.name` uses. Called once, when a config is read."""
+    raise NotImplementedError
+
+
+@hookspec
+def colossal_benchmarks() -> Sequence[Benchmark]:
+    """What `colossal bench NAME` measures. Called by that command alone (colossal-kernels: `kernels`)."""
     raise NotImplementedError
 
 

@@ -18,6 +18,7 @@ from colossal_core.errors import PluginError, Problem, raise_problems
 if TYPE_CHECKING:
     import pluggy
 
+    from colossal_core.benchmarks import Benchmark
     from colossal_core.config import TrainConfig
     from colossal_core.ops import OpImplementation
     from colossal_core.optimizers import OptimizerSpec
@@ -58,6 +59,15 @@ class Plugins:
 
     def ops(self) -> tuple[OpImplementation, ...]:
         return tuple(op for found in self.manager.hook.colossal_ops() for op in found)
+
+    def benchmarks(self) -> Mapping[str, Benchmark]:
+        """By the name that `colossal bench` uses. Two of one name are an error."""
+        found = [benchmark for benchmarks in self.manager.hook.colossal_benchmarks() for benchmark in benchmarks]
+        names = [benchmark.name for benchmark in found]
+        reason, remedy = "two installed plugins contribute it", "uninstall one of them"
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        raise_problems((Problem(f"benchmark {name}", reason, remedy) for name in doubled), PluginError)
+        return {benchmark.name: benchmark for benchmark in found}
 
     def optimizers(self) -> Mapping[str, OptimizerSpec]:
         found: dict[str, OptimizerSpec] = {}

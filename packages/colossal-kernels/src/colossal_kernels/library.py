@@ -16,16 +16,18 @@ from colossal_kernels.interpreting import interpreted
 _LIBRARY = torch.library.Library("colossal_kernels", "FRAGMENT")
 
 
-def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any], *, device: str = "CUDA") -> Any:
     """Defines an operator and returns it: `define("scale(Tensor x, float factor) -> Tensor", launch, fake)`.
 
     launch: runs the kernel on CUDA tensors (on the CPU's under the interpreter), with that tensor's device current. fake: the outputs'
-    shapes and dtypes alone. Arguments that the schema marks as written (`Tensor(a!) x`) are changed in place.
+    shapes and dtypes alone. device: `CPU` for what is no kernel of Triton's. Arguments that the schema marks as written (`Tensor(a!) x`)
+    are changed in place.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
-    if interpreted():
+    if device == "CUDA":
+        _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
+    if device == "CPU" or interpreted():
         _LIBRARY.impl(name, launch, "CPU")
     torch.library.register_fake(f"colossal_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops.colossal_kernels, name), "default")  # noqa: B009 - torch types it as a namespace

@@ -21,6 +21,8 @@ def bench() -> None:
     Examples:
 
         colossal bench comm --processes 2
+
+        colossal bench kernels rms_norm swiglu
     """
 
 
@@ -50,6 +52,43 @@ def comm(
     arguments = ("-m", "colossal_launch.cli.bench", device, str(max_bytes), str(json_file or ""))
     count = max(local_processes(processes, None, device), 2)
     return run_workers(Entry(arguments), count, port=0, timeout=timedelta(minutes=3))
+
+
+@application.command("kernels")
+def kernels(
+    ops: Annotated[
+        list[str] | None, typer.Argument(help="Ops to measure; all where none is named.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="After which nothing more is started.")] = 60.0,
+    compared: Annotated[
+        str, typer.Option(help="With what, separated by commas: eager, compile, liger, cce; default: all there is.")
+    ] = "",
+    shapes: Annotated[int, typer.Option(min=0, help="How many shapes of each op, the first ones; 0: all.")] = 0,
+    debug: Debug = False,
+) -> int:
+    """Times the kernels of every op: time, bandwidth, share of the ceilings, memory, error, and what torch and others take.
+
+    Examples:
+
+        colossal bench kernels
+
+        colossal bench kernels rms_norm cross_entropy --compared eager,compile --shapes 1 --json kernels.json
+
+        colossal bench kernels --device cpu
+    """
+    from colossal_core.benchmarks import BenchmarkRequest
+    from colossal_core.errors import ConfigError, Problem
+    from colossal_core.plugins import discover
+
+    found = discover().benchmarks().get("kernels")
+    if found is None:
+        reason = "no installed plugin has kernels to measure"
+        raise ConfigError([Problem("bench kernels", reason, "pip install colossal-kernels")])
+    names = tuple(name for name in compared.split(",") if name)
+    found.run(BenchmarkRequest(tuple(ops or ()), device, json_file, minutes, names, shapes), say)
+    return 0
 
 
 def measure(device: str, max_bytes: int, json_file: Path | None) -> None:

@@ -1,0 +1,1 @@
+"""What stands around the attention that torch computes."""

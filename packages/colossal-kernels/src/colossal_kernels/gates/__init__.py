@@ -1,0 +1,1 @@
+"""Gated activations, and their gradients in one pass."""

@@ -1,0 +1,169 @@
+"""Blocks of a flat tensor in 8 bits, and the sum of several such: one read, one write. n numbers in bf16, blocks of 256: 3.016 n bytes to
+quantize; P parts into float32: (1.016 P + 4) n bytes.
+
+Formulas: `colossal_core.ops.low_precision`. Sums are taken in float32 in the order of the parts: the same bits in every run and on every
+rank (product and sum are rounded each by itself, as in the reference). Letters: B numbers of a block (`B2` the next power of two), R
+blocks of a program, P parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from colossal_core.ops import low_precision as reference
+from colossal_core.ops.low_precision import SMALLEST
+from colossal_core.rounding import BLOCK
+from colossal_kernels.builds import Build
+from colossal_kernels.interpreting import interpreted
+from colossal_kernels.library import define
+from colossal_kernels.low_precision.fp8_codes import fp8_codes
+
+TILE_ELEMENTS = 4096
+"""Numbers of one program."""
+MOST_BLOCK = 1 << 13
+_FORMATS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def quantize_blocks(x: Tensor, *, block: int = BLOCK, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """`colossal_core.ops.reference.quantize_blocks`, the same bits."""
+    if x.numel() == 0 or x.dtype == torch.float64 or dtype not in _FORMATS or block > MOST_BLOCK:
+        return reference.quantize_blocks(x, block=block, dtype=dtype)
+    codes, scales = _QUANTIZE(x.detach(), block, dtype)
+    return codes, scales
+
+
+def dequantize_blocks_sum(
+    codes: Tensor, scales: Tensor, *, block: int = BLOCK, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`colossal_core.ops.reference.dequantize_blocks_sum`, the same bits."""
+    wide = torch.float64 in (scales.dtype, dtype)
+    if codes.numel() == 0 or wide or codes.dtype not in _FORMATS or block > MOST_BLOCK:
+        return reference.dequantize_blocks_sum(codes, scales, block=block, dtype=dtype)
+    total: Tensor = _SUM(codes.detach(), scales.detach(), block, dtype)
+    return total
+
+
+@triton.jit
+def _quantize_kernel(
+    x, codes, scales, num_elements, num_blocks, block,
+    INT8: tl.constexpr, MOST: tl.constexpr, SMALLEST: tl.constexpr, E5M2: tl.constexpr, INTERPRETED: tl.constexpr,
+    R: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    blocks_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    places_B = tl.arange(0, B2)
+    places_RB = blocks_R[:, None] * block + places_B[None, :]
+    inside_RB = (places_B < block)[None, :] & (places_RB < num_elements)
+    x_RB = tl.load(x + places_RB, mask=inside_RB, other=0.0).to(tl.float32)
+    magnitudes_RB = tl.abs(x_RB)
+    finite_R = tl.min((magnitudes_RB < float("inf")).to(tl.int32), axis=1) > 0
+    known_RB = tl.where(finite_R[:, None], x_RB, 0.0)
+    largest_R = tl.maximum(tl.max(tl.abs(known_RB), axis=1), SMALLEST)
+    most_R = tl.full((R,), MOST, dtype=tl.float32)
+    scaled_RB = known_RB * tl.div_rn(most_R, largest_R)[:, None]
+    scaled_RB = tl.minimum(tl.maximum(scaled_RB, -MOST), MOST)
+    if INT8:
+        # The nearest integer, ties to even: beside 1.5 * 2^23 a float32 has no fraction.
+        codes_RB = ((scaled_RB + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
+    else:
+        codes_RB = fp8_codes(scaled_RB, E5M2, INTERPRETED)
+    tl.store(codes + places_RB, codes_RB, mask=inside_RB)
+    scale_R = tl.where(finite_R, tl.div_rn(largest_R, most_R), float("nan"))
+    tl.store(scales + blocks_R, scale_R, mask=blocks_R < num_blocks)
+
+
+@triton.jit
+def _sum_kernel(
+    codes, scales, total, part_stride, scale_stride, num_elements, num_blocks, num_parts, block,
+    R: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    blocks_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    places_B = tl.arange(0, B2)
+    places_RB = blocks_R[:, None] * block + places_B[None, :]
+    inside_RB = (places_B < block)[None, :] & (places_RB < num_elements)
+    sum_RB = tl.zeros((R, B2), dtype=tl.float32)
+    for _ in range(num_parts):
+        codes_RB = tl.load(codes + places_RB, mask=inside_RB).to(tl.float32)
+        scale_R = tl.load(scales + blocks_R, mask=blocks_R < num_blocks, other=0.0)
+        sum_RB += codes_RB * scale_R[:, None]
+        codes += part_stride
+        scales += scale_stride
+    tl.store(total + places_RB, sum_RB.to(total.dtype.element_ty), mask=inside_RB)
+
+
+def _rows_of(block: int) -> tuple[int, int]:
+    """R and B2."""
+    size = triton.next_power_of_2(block)
+    return max(TILE_ELEMENTS // size, 1), size
+
+
+def _most(dtype: torch.dtype) -> float:
+    return 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
+
+
+def _quantize(x: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    flat = x.contiguous()
+    codes, scales = _quantize_fake(x, block, dtype)
+    rows, size = _rows_of(block)
+    _quantize_kernel[(triton.cdiv(len(scales), rows),)](
+        flat, codes.view(torch.uint8), scales, x.numel(), len(scales), block,
+        dtype == torch.int8, _most(dtype), SMALLEST, dtype == torch.float8_e5m2, interpreted(), rows, size,
+    )  # fmt: skip
+    return codes, scales
+
+
+def _sum(codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    codes_PN = codes if codes.stride(1) == 1 else codes.contiguous()
+    scales_PB = scales if scales.stride(1) == 1 else scales.contiguous()
+    total = _sum_fake(codes, scales, block, dtype)
+    rows, size = _rows_of(block)
+    num_blocks = scales.shape[1]
+    _sum_kernel[(triton.cdiv(num_blocks, rows),)](
+        codes_PN, scales_PB, total, codes_PN.stride(0), scales_PB.stride(0), codes.shape[1], num_blocks, len(codes), block,
+        rows, size, enable_fp_fusion=False,
+    )  # fmt: skip
+    return total
+
+
+def _quantize_fake(x: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.numel(), dtype=dtype), x.new_empty(-(-x.numel() // block), dtype=torch.float32)
+
+
+def _sum_fake(codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    del scales, block
+    return codes.new_empty(codes.shape[1], dtype=dtype)
+
+
+_QUANTIZE = define(
+    "quantize_blocks(Tensor x, int block, ScalarType dtype) -> (Tensor, Tensor)", _quantize, _quantize_fake
+)
+_SUM = define(
+    "dequantize_blocks_sum(Tensor codes, Tensor scales, int block, ScalarType dtype) -> Tensor", _sum, _sum_fake
+)
+
+
+def builds() -> tuple[Build, ...]:
+    """Gradients in bf16 in blocks of 256."""
+    types = {
+        "x": "*bf16",
+        "codes": "*u8",
+        "scales": "*fp32",
+        "num_elements": "i64",
+        "num_blocks": "i32",
+        "block": "i32",
+    }
+    rows, size = _rows_of(BLOCK)
+    numbers = {"SMALLEST": SMALLEST, "E5M2": False, "INTERPRETED": False, "R": rows, "B2": size}
+    aligned = ("num_elements", "block", "part_stride")
+    found = [
+        Build(f"quantize_blocks {name}", _quantize_kernel, types, {**numbers, **kind}, aligned=aligned)
+        for name, kind in (("int8", {"INT8": True, "MOST": 127.0}), ("fp8", {"INT8": False, "MOST": 448.0}))
+    ]
+    sums = {"scales": "*fp32", "total": "*fp32", "part_stride": "i64", "scale_stride": "i64", "num_elements": "i64"}
+    sums |= {"num_parts": "i32", "num_blocks": "i32", "block": "i32"}
+    for name, codes in (("int8", "*i8"), ("fp8", "*fp8e4nv")):
+        kind, constants = {**sums, "codes": codes}, {"R": rows, "B2": size}
+        found.append(Build(f"dequantize_blocks_sum {name}", _sum_kernel, kind, constants, aligned=aligned))
+    return tuple(found)
