@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from colossal_core.flow import Flow
+    from colossal_core.model_ops.uses import ModelUses
     from colossal_core.specimen import Specimen
 
 Task = Literal["causal-lm", "masked-lm", "seq2seq-lm", "own-loss"]
@@ -70,7 +71,8 @@ class ModelAnatomy:
     pattern with `*` for a number, style of `colossal_core.transformers_plans`). untraced: why no forward pass could be traced, else "".
     modules: every module, in the order of `named_modules()`. flow: what is handed from block to block, and where each parameter is
     read; None where that could not be followed, and `unfollowed` says why. specimen: a small model of the same kind, built when it is
-    asked for; None where no batch is known for the model. It is no part of what two anatomies are compared by.
+    asked for; None where no batch is known for the model. op_uses: where the model computes what ops do, looked for when it is asked for.
+    Neither is a part of what two anatomies are compared by.
     """
 
     class_name: str
@@ -98,6 +100,7 @@ class ModelAnatomy:
     flow: Flow | None = None
     unfollowed: str = ""
     specimen: Specimen | None = field(default=None, compare=False, repr=False)
+    op_uses: ModelUses | None = field(default=None, compare=False, repr=False)
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from colossal_core.dataflow import (
 from colossal_core.example_batch import traced_batch
 from colossal_core.flow import follow
 from colossal_core.interfaces import ATTENTION_INTERFACE, EXPERTS_INTERFACE, modules_reaching
+from colossal_core.model_ops.uses import ModelUses
 from colossal_core.specimen import Specimen
 from colossal_core.specimen_choice import specimen_of
 from colossal_core.task import config_facts, find_task
@@ -59,6 +60,7 @@ def examine(
     facts = config_facts(model)
     embeddings = _embeddings(model)
     vocab_size = facts.vocab_size if facts.vocab_size is not None else _table_size(model, embeddings)
+    heads = _heads(model, vocab_size)
     return ModelAnatomy(
         class_name=type(model).__name__,
         task=find_task(model),
@@ -66,7 +68,7 @@ def examine(
         parameters=_parameters(model, chains),
         buffers=_persistent_buffers(model),
         embeddings=embeddings,
-        heads=_heads(model, vocab_size),
+        heads=heads,
         attention=modules_reaching(model, ATTENTION_INTERFACE),
         experts=modules_reaching(model, EXPERTS_INTERFACE),
         fused_dropout=tuple(name for name, _ in model.named_modules() if name in found.fused_dropout),
@@ -84,6 +86,7 @@ def examine(
         flow=flow,
         unfollowed=unfollowed,
         specimen=specimen if specimen is not None else specimen_of(model, chains, example_batch),
+        op_uses=ModelUses(model, heads),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from colossal_core.anatomy import BlockChain
 from colossal_core.dataflow import meta_copy, module_lists
+from colossal_core.model_ops.remaking import is_remade
 from colossal_core.quiet import quiet_transformers
 from colossal_core.specimen import SpecimenError
 from colossal_core.specimen_batch import example_values, small_batch
@@ -109,7 +110,7 @@ def refuse_own_forwards(model: nn.Module) -> None:
             continue
         function = getattr(forward, "__func__", forward)
         home = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-        if not home.startswith("colossal_"):
+        if not home.startswith("colossal_") and not is_remade(function):
             raise SpecimenError(
                 f"{name or 'the model'} ({type(module).__name__}) has a forward of its own, put on the module after it was made: write a "
                 "class with that forward instead"

@@ -18,6 +18,7 @@ from colossal_core.batch import InputCut
 from colossal_core.errors import ConfigError, Problem, raise_problems
 from colossal_core.layout import ParameterLayout, Placement
 from colossal_core.mesh import BASE_AXES, DATA_AXES, LOSS_AXES, MeshLayout
+from colossal_core.model_ops.planning import REFERENCE, plan_model_ops
 from colossal_core.plan_problems import conflicts, core_problems, layout_problems, program_problems
 from colossal_core.program import Program, plain_program
 
@@ -162,7 +163,7 @@ class Plan(PlanDraft):
             f"{self.batch.num_microbatches} microbatches of {self.batch.micro_size}",
             f"precision   {self.config.precision}",
             f"order       {' -> '.join(f'{name} ({phase})' for phase, name in self.applied) or 'nothing to apply'}",
-            f"ops         {', '.join(f'{op} {provider}' for op, provider in self.ops.items())}",
+            f"ops         {'; '.join(self._op_texts())}",
         ]
         for kind, decisions in self.decisions.items():
             counts = {value: list(decisions.values()).count(value) for value in dict.fromkeys(decisions.values())}
@@ -172,6 +173,15 @@ class Plan(PlanDraft):
         lines += [f"layout      {line}" for line in self._layout_lines()]
         lines += [f"note        {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _op_texts(self) -> Iterable[str]:
+        """What is not the reference, by provider."""
+        by_provider: dict[str, list[str]] = {}
+        for op, provider in self.ops.items():
+            by_provider.setdefault(provider, []).append(op)
+        rest = by_provider.pop(REFERENCE, [])
+        texts = [f"{provider}: {', '.join(names)}" for provider, names in by_provider.items()]
+        return [*texts, *(["others reference" if texts else "all reference"] if rest else [])]
 
     def _stage_texts(self) -> Iterable[str]:
         for stage, (rank, units) in enumerate(zip(self.program.stage_ranks, self.stage_units, strict=True)):
@@ -247,6 +257,7 @@ def make_plan(
         draft = replace(changed, applied=(*draft.applied, (strategy.phase.name.lower(), strategy.name)))
     problems += [*layout_problems(draft), *program_problems(draft)]
     raise_problems(problems)
+    draft = plan_model_ops(draft, anatomy, ops)
     return Plan(
         **{name: getattr(draft, name) for name in PlanDraft.__dataclass_fields__},
         model_class=anatomy.class_name,

@@ -14,6 +14,7 @@ from colossal_core.gathering import gathering_problems, install_gathering
 from colossal_core.local_state import LocalState
 from colossal_core.loss import LossFunction, LossOwner
 from colossal_core.mesh import WORLD
+from colossal_core.model_ops.replacing import replace_ops
 from colossal_core.modules import ParameterSlots, cast_buffers, settle_buffers
 from colossal_core.optimizers import OptimizerFactory, OptimizerSpec, build_optimizer
 from colossal_core.plan import Plan, check_fingerprints
@@ -76,6 +77,7 @@ def wrap(
     context.dropout = random.dropout
     real = {fact.full_name: model.get_parameter(fact.full_name).detach() for fact in anatomy.parameters}
     own_hooks = hook_ids(model)
+    replace_ops(model, plan, anatomy, context)
     for phase in Phase:
         if phase is Phase.OPTIMIZER:
             break

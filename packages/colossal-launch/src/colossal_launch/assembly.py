@@ -78,7 +78,7 @@ def assemble(
     Raises: ConfigError with every problem of every strategy.
     """
     from colossal_core.examine import examine
-    from colossal_core.ops import build_op_table
+    from colossal_core.ops import OP_NAMES, build_op_table, op_problems
     from colossal_core.plan import make_plan
     from colossal_core.precision import precision_of
 
@@ -91,7 +91,9 @@ def assemble(
     if own_loss:
         anatomy = replace(anatomy, auxiliary_loss=False, own_loss=True)
     dtype = str(precision_of(config).compute).removeprefix("torch.")
-    ops = build_op_table(setup.plugins.ops(), device_type, dtype)
+    found, asked = setup.plugins.ops(), config.ops.asked(OP_NAMES)
+    problems += op_problems(found, device_type, dtype, asked)
+    ops = build_op_table(found, device_type, dtype, asked)
     strategies = setup.plugins.active(config)
     sizes = setup.plugins.axis_sizes(config)
     plan = make_plan(config, anatomy, strategies, sizes, ops, world_size=world_size, known_problems=problems)

@@ -60,6 +60,32 @@ CASES = (
         setting("optimizer.lr=-1"),
     ),
     Case(
+        "an op that nobody has",
+        "error: ops.rms_nrom='reference': is no op: did you mean rms_norm?\n",
+        setting("ops.rms_nrom=reference"),
+    ),
+    Case(
+        "a provider that nobody has",
+        "error: ops.swiglu='fast': no installed package has this provider of it: use one of auto, reference\n",
+        setting("ops.swiglu=fast"),
+    ),
+    Case(
+        "a provider of another device",
+        (
+            "error: ops.adamw_step='torch_fused': is for float32 or bfloat16 or float16 on cuda, and this run computes in float32 on cpu: "
+            "use one of ....\n"
+        ),
+        setting("ops.adamw_step=torch_fused"),
+    ),
+    Case(
+        "every op by one that only some have",
+        (
+            "error: ops.default='triton': should be 'auto' or 'reference': correct it (default: for every op that is not named here. "
+            "`reference`: plain PyTorch, and the model's own code as it is)\n"
+        ),
+        setting("ops.default=triton"),
+    ),
+    Case(
         "several at once",
         (
             "error: parallel.pipeline: needs the package colossal-pipeline, which is not installed: pip "

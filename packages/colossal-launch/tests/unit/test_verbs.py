@@ -23,6 +23,7 @@ VERBS = {
     "plugins": "COLOSSAL_PLUGINS=zero,comm colossal plugins",
     "bench": "colossal bench comm --processes 2",
     "bench comm": "colossal bench comm --processes 2",
+    "bench kernels": "colossal bench kernels --device cpu",
     "convert": "colossal convert runs/demo runs/demo-hf --dtype bfloat16",
 }
 
@@ -76,6 +77,16 @@ def test_plugins_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
     assert "strategy recompute: section recompute" in lines
     zeros = ["adafactor", "lamb", "lars", "lion", "muon"] if find_spec("colossal_zero") else []
     assert lines[-1] == f"optimizers: {', '.join(sorted(['adamw', 'sgd', *zeros]))}"
+
+
+def test_bench_of_kernels_says_where_there_is_nothing_to_measure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLOSSAL_PLUGINS", "comm")
+    with pytest.raises(SystemExit) as left:
+        run(["bench", "kernels"])
+    message = "error: bench kernels: no installed plugin has kernels to measure: pip install colossal-kernels\n"
+    assert (left.value.code, capsys.readouterr()) == (2, ("", message))
 
 
 def test_plan_prints_mesh_batch_and_bytes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

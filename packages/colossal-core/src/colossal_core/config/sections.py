@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -145,6 +146,22 @@ class CompileConfig(Section):
     """torch.compile's backend: `inductor`, or `aot_eager` and `eager` to look for faults."""
     dynamic: bool = False
     """Compile for changing sizes. false: every new shape compiles again."""
+
+
+class OpsConfig(Section):
+    """Which implementation of each op is used, by the op's name: `rms_norm: triton`, `swiglu: reference`. Of an op that is not named, the
+    fastest that fits the device and the precision. The plan prints what is chosen, and in how many modules of the model.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str] = Field(init=False)
+
+    default: Literal["auto", "reference"] = "auto"
+    """For every op that is not named here. `reference`: plain PyTorch, and the model's own code as it is."""
+
+    def asked(self, names: Iterable[str]) -> dict[str, str]:
+        """Provider by op: of the ops with these names, and of whatever else the user wrote."""
+        return {**({} if self.default == "auto" else dict.fromkeys(names, self.default)), **self.__pydantic_extra__}
 
 
 class TrainSection(Section):

@@ -17,6 +17,7 @@ from colossal_core.config.sections import (
     CompileConfig,
     DataConfig,
     ModelConfig,
+    OpsConfig,
     OptimizerConfig,
     RecomputeConfig,
     SchedulerConfig,
@@ -58,6 +59,8 @@ class TrainConfig(Section):
     """Activation recomputation."""
     compile: CompileConfig = Field(default_factory=CompileConfig)
     """Compilation of blocks."""
+    ops: OpsConfig = Field(default_factory=OpsConfig)
+    """Implementations of ops."""
 
     def section(self, path: str) -> BaseModel:
         """The section at a dotted path (`parallel.zero`)."""

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from colossal_core.errors import raise_problems
 from colossal_core.examine import examine
 from colossal_core.float64 import Float64Throughout
 from colossal_core.mesh import DATA_AXES
-from colossal_core.ops import build_op_table
+from colossal_core.ops import OP_NAMES, build_op_table, op_problems
 from colossal_core.optimizers import OptimizerFactory, optimizer_problems
 from colossal_core.plan import Plan, make_plan
 from colossal_core.plugins import Plugins, discover
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from colossal_core.collectives import Collectives
     from colossal_core.config import TrainConfig
     from colossal_core.loss import LossFunction
+    from colossal_core.ops import OpImplementation, OpTable
     from colossal_core.strategy import Strategy
     from colossal_core.testing.mutants import Mutant
     from colossal_core.trained import Trained
@@ -60,7 +62,8 @@ class RunSpec:
     sequences) -> the GLOBAL batch of a step, of which each rank takes its share. optimizer: model -> instance or factory; None: the
     config's. loss_fn: the user's loss; None: core's choice. task: overrides what `examine` says of a model that transformers
     does not know. plugins: names of the plugins to load, separated by commas; None: all. is_oracle: nothing but core and what
-    observes. mutant: name of a planted fault (`colossal_core.testing.mutants`).
+    observes. mutant: name of a planted fault (`colossal_core.testing.mutants`). extra_ops: () -> implementations of ops beside those of
+    plugins.
     """
 
     config: Mapping[str, Any]
@@ -73,6 +76,7 @@ class RunSpec:
     plugins: str | None = None
     is_oracle: bool = False
     mutant: str | None = None
+    extra_ops: Callable[[], Sequence[OpImplementation]] | str | None = None
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> RunSpec:
         """This run with config values replaced, by dotted path."""
@@ -190,7 +194,6 @@ def _prepare(spec: RunSpec, world_size: int) -> tuple[Prepared, Any, Any]:
 
 def _prepared(spec: RunSpec, world_size: int) -> tuple[Prepared, Any, Any]:
     from colossal_core.config import parse_config
-    from colossal_core.errors import raise_problems
 
     plugins = discover(allow=spec.plugins)
     config = parse_config(spec.config, plugins.config_class())
@@ -205,11 +208,22 @@ def _prepared(spec: RunSpec, world_size: int) -> tuple[Prepared, Any, Any]:
         anatomy = replace(anatomy, task=spec.task)
     if spec.loss_fn is not None:
         anatomy = replace(anatomy, own_loss=True)
-    ops = build_op_table(plugins.ops(), "cpu", str(precision_of(config).compute).removeprefix("torch."))
+    ops = _op_table(spec, plugins, config)
     plan = make_plan(config, anatomy, strategies, axis_sizes, ops, world_size=world_size)
     optimizer = None if spec.optimizer is None else _resolved(spec.optimizer)(model)
     parts = Parts(optimizer=optimizer, loss_fn=None if spec.loss_fn is None else _resolved(spec.loss_fn))
     return Prepared(config, plugins, strategies, model, plan, parts), anatomy, ops
+
+
+def _op_table(spec: RunSpec, plugins: Plugins, config: TrainConfig) -> OpTable:
+    """As the config asks for; the oracle's ops are the references."""
+    dtype = str(precision_of(config).compute).removeprefix("torch.")
+    extra: Sequence[OpImplementation] = () if spec.extra_ops is None else _resolved(spec.extra_ops)()
+    found, asked = (*plugins.ops(), *extra), config.ops.asked(OP_NAMES)
+    if spec.is_oracle:
+        asked = dict.fromkeys(OP_NAMES, "reference")
+    raise_problems(op_problems(found, "cpu", dtype, asked))
+    return build_op_table(found, "cpu", dtype, asked)
 
 
 def _build_model(spec: RunSpec, config: TrainConfig) -> nn.Module:

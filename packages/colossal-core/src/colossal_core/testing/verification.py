@@ -120,7 +120,8 @@ def model_size_of(axis_sizes: Mapping[str, int], world_size: int) -> int:
 
 
 def verify(spec: RunSpec, world_size: int, variants: Sequence[Variant], pool: WorkerPool) -> VerifyReport:
-    """Runs every variant of `spec` in float64 on `world_size` ranks and compares every rank with the oracle.
+    """Runs every variant of `spec` in float64 on `world_size` ranks and compares every rank with the oracle. Ops are the references, which
+    alone compute so on the CPU, whatever the run asks for.
 
     Variants that differ only in `parallel`, `recompute` and `compile` share one oracle run.
 
@@ -130,7 +131,7 @@ def verify(spec: RunSpec, world_size: int, variants: Sequence[Variant], pool: Wo
     oracles: dict[str, RunRecord] = {}
     results = []
     for variant in variants:
-        ours = spec.with_overrides({"precision": "fp64", **variant.overrides})
+        ours = spec.with_overrides({"precision": "fp64", "ops": {}, **variant.overrides})
         key = _oracle_key(ours)
         if key not in oracles:
             oracles[key] = pool.run(1, _record, oracle_of(ours))[0]
