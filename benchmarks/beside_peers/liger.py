@@ -10,6 +10,8 @@ from torch import nn
 
 SERVED = ("llama",)
 """Architectures of these benchmarks that Liger has a patch for; it has none for GPT-2."""
+REPLACED = ("LlamaRMSNorm", "LlamaMLP")
+"""Classes of transformers' module that the patch replaces by its own, so that every model built afterwards would be Liger's too."""
 
 
 def patch(model: nn.Module, architecture: str) -> None:
@@ -18,9 +20,13 @@ def patch(model: nn.Module, architecture: str) -> None:
         message = f"Liger-Kernel has no patch for {architecture}"
         raise ValueError(message)
     from liger_kernel.transformers import monkey_patch
+    from transformers.models.llama import modeling_llama
 
     patches: Any = monkey_patch
+    classes: Any = vars(modeling_llama)
+    before = {name: classes[name] for name in REPLACED}
     patches.apply_liger_kernel_to_llama(rope=False, model=model)
+    classes.update(before)
 
 
 @contextlib.contextmanager

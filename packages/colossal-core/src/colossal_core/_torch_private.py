@@ -204,9 +204,14 @@ class OperatorKinds:
         return self._kinds.is_fusible(node)
 
     def may_move(self, node: torch.fx.Node) -> bool:
-        """Whether a call may run later or twice: an operator of torch's that draws no random numbers, or arithmetic on sizes."""
-        known = isinstance(node.target, OpOverload) or getattr(node.target, "__module__", "") == "_operator"
-        return known and not self._kinds.is_random(node)
+        """Whether a call may run later or twice: an operator of torch's that draws no random numbers and talks to no other rank, or
+        arithmetic on sizes.
+        """
+        if isinstance(node.target, OpOverload):
+            if node.target.namespace in ("_c10d_functional", "c10d_functional", "symm_mem"):
+                return False
+            return torch.Tag.nondeterministic_seeded not in node.target.tags
+        return getattr(node.target, "__module__", "") == "_operator"
 
     def writes(self, node: torch.fx.Node) -> bool:
         """Whether a call writes into one of its arguments."""

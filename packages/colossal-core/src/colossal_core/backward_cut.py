@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from colossal_core._torch_private import OperatorKinds, size_hint
-
-Value = Any
-"""What a node makes, without values: a fake tensor, a symbolic number, several of them, or None."""
-
+from colossal_core.dataflow import tensors_in
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 """A graph as AOTAutograd calls it: with one list of arguments, which it empties."""
@@ -49,12 +46,14 @@ def cut_backward(graph: fx.GraphModule, parameters: frozenset[int], num_argument
     """Cuts a backward graph. parameters: which of so many arguments of the forward graph, and so which outputs, are parameters.
 
     None where there is nothing to leave for later, or nothing to do first, or it is not clear what belongs where: outputs that are not one
-    for each argument, a step that writes into what it reads.
+    for each argument, a step that writes into what it reads, values between the two that are no tensors.
     """
     whole = _Whole(graph, parameters)
     if whole.num_outputs != num_arguments or whole.writes or not whole.input_outputs or not whole.late:
         return None
     kept = _least_kept(whole)
+    if kept is None:
+        return None
     own = [node for node in kept if node.op != "placeholder"]
     weight_nodes = whole.behind(whole.weight_outputs.values(), stop=kept)
     first_nodes = whole.behind([*whole.input_outputs.values(), *whole.fixed, *own])
@@ -103,8 +102,10 @@ class _Whole:
                 self.late.add(node)
 
     def is_cheap(self, node: fx.Node) -> bool:
-        """Whether a call may be computed twice."""
-        return self._kinds.is_view(node) or self._kinds.is_fusible(node) or not _tensors(node)
+        """Whether a call may be computed twice. What draws random numbers may not, though torch takes some of it for element by element."""
+        if not _tensors(node):
+            return True
+        return self._kinds.may_move(node) and (self._kinds.is_view(node) or self._kinds.is_fusible(node))
 
     def is_view(self, node: fx.Node) -> bool:
         return self._kinds.is_view(node)
@@ -142,8 +143,10 @@ PRIMALS = "primals_"
 """How AOTAutograd begins the names of what a forward graph takes, counted from 1."""
 
 
-def _least_kept(whole: _Whole) -> list[fx.Node]:
-    """The values that W begins with, in the order of the graph: the fewest bytes, and of equals what is in memory anyway."""
+def _least_kept(whole: _Whole) -> list[fx.Node] | None:
+    """The values that W begins with, in the order of the graph: the fewest bytes, and of equals what is in memory anyway. None where one
+    that cannot be kept stands in every way.
+    """
     import networkx  # type: ignore[import-untyped]
 
     network = networkx.DiGraph()
@@ -168,7 +171,10 @@ def _least_kept(whole: _Whole) -> list[fx.Node]:
             network.add_edge((node, "out"), sink)
     if source not in network or sink not in network:
         return []
-    _, (reached, _) = networkx.minimum_cut(network, source, sink)
+    try:
+        _, (reached, _) = networkx.minimum_cut(network, source, sink)
+    except networkx.NetworkXUnbounded:
+        return None
     return [node for node in whole.in_order(region) if (node, "in") in reached and (node, "out") not in reached]
 
 
@@ -210,9 +216,7 @@ def _ordered(number: dict[fx.Node, int], nodes: set[fx.Node]) -> list[fx.Node]:
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
-    value: Value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else (value,)
-    return [one for one in values if isinstance(one, Tensor)]
+    return list(tensors_in(node.meta.get("val")))
 
 
 def _bytes(node: fx.Node) -> int:

@@ -144,8 +144,8 @@ class EagerBlockRunner:
         return tuple(leads and dtype.is_floating_point for dtype in kept.dtypes)
 
     def forget(self, microbatch: int) -> None:
-        """Drops what is kept of a microbatch of which no output got a gradient."""
-        del self._kept[microbatch]
+        """Drops what is kept of a microbatch of which no output got a gradient, or whose step an error has ended."""
+        self._kept.pop(microbatch, None)
 
     def has_split(self, microbatch: int) -> bool:
         """Whether the input part of a microbatch has run."""

@@ -105,12 +105,19 @@ class ProgramRunner:
         """
         signatures = self._signatures(batch, self._plan.batch.num_microbatches)
         now = _Pass(batch, self._actions, signatures, [], step, divisor)
-        self._open.clear()  # of a step that an exception has ended
+        self._abandon()
         self._carry_out(now)
         self._state.finish_reduce()
         if self._context.recorder is not None:
             self._context.recorder.end()
         return now.losses
+
+    def _abandon(self) -> None:
+        """What a step that an exception has ended has left under way."""
+        for passage in self._open.values():
+            if passage.stage_pass is not None:
+                passage.stage_pass.abandon()
+        self._open.clear()
 
     def evaluate(self, batch: dict[str, Tensor]) -> list[MicrobatchLoss]:
         """Forward passes only, of any number of sequences."""

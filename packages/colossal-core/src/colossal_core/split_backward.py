@@ -117,10 +117,12 @@ class SplitBackward:
         if not targets or not outputs:
             return (None,) * len(inputs)
         hooks = [self._leave(fork) for fork in self._compiled]
-        found = torch.autograd.grad(roots, targets, gradients, retain_graph=bool(self._forks), allow_unused=True)
-        for fork, hook in zip(self._compiled, hooks, strict=True):
-            hook.remove()
-            del _notes(fork.node)[_LEFT]
+        try:
+            found = torch.autograd.grad(roots, targets, gradients, retain_graph=bool(self._forks), allow_unused=True)
+        finally:
+            for fork, hook in zip(self._compiled, hooks, strict=True):
+                hook.remove()
+                del _notes(fork.node)[_LEFT]
         self._compiled = ()
         if not self._forks and self._weights_only <= {_edge(parameter)[0] for parameter in self._parameters}:
             self._owners = ()

@@ -178,6 +178,7 @@ class StageLinks:
             handle, action, _ = self._sending.popleft()
             with self._telling(f"sending at {action}"):
                 handle.wait()
+        self._arrived = None
         assert not self._inbox and not self._outbox, f"left over: {[*self._inbox, *self._outbox]}"
 
     def _start_send(self, action: Action, tensors: tuple[Tensor, ...], *, tag: str) -> None:

@@ -34,6 +34,9 @@ class StagePass(Protocol):
     def parameter_gradients(self) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """The weight parts of a cut pass, once, after the input parts: gradients of parameters, of some in several summands."""
 
+    def abandon(self) -> None:
+        """Drops what is left to do, of a step that an error has ended."""
+
 
 class Stages(Protocol):
     """The stages of a model on one rank; set in `ApplyContext.stages` by the strategy that has cut it."""

@@ -72,6 +72,33 @@ class Broken(nn.Module):
         return y + bias.mean() + self.shared.weight.sum(0), self.scale * 2
 
 
+class Drawn(torch.autograd.Function):
+    """A product whose gradient is partly dropped, by what is drawn in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        drawn = gradient * torch.rand_like(gradient)
+        return drawn @ weight.T, x.T @ drawn
+
+
+class Identity(nn.Module):
+    """`Drawn` by the identity: the gradient of the input is what was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = Drawn.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return product
+
+
 BUDGETS: dict[str, float | None] = {"full": None, "selective": 0.5}
 
 
@@ -208,6 +235,18 @@ def test_frozen_parameters(cuts: list[BackwardCut | None]) -> None:
     cuts.clear()
     check([Block().requires_grad_(False)], "aot_eager")
     assert cuts == [None]
+
+
+def test_what_a_backward_pass_draws_is_drawn_once() -> None:
+    torch.manual_seed(0)
+    block = Identity().double()
+    (runner,) = compiled([block], "aot_eager")
+    x = torch.randn(LENGTH, WIDTH, dtype=torch.float64)
+    output = runner.forward(0, (x.requires_grad_(),), {})
+    (drawn,) = runner.backward_input(0, (torch.ones_like(output),))
+    runner.backward_weight(0)
+    assert drawn is not None
+    torch.testing.assert_close(block.weight.grad, x.T @ drawn, rtol=1e-12, atol=1e-12)
 
 
 def test_an_input_without_gradient_leaves_all_to_the_weight_part() -> None:

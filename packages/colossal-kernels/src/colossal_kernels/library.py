@@ -33,9 +33,23 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any], *,
     return getattr(getattr(torch.ops.colossal_kernels, name), "default")  # noqa: B009 - torch types it as a namespace
 
 
-def differentiate(name: str, backward: Callable[..., Any], save: Callable[[Any, tuple[Any, ...], Any], None]) -> None:
-    """Gives an operator its gradient. save(ctx, inputs, output); backward(ctx, *gradients) returns one gradient for each input, or None."""
-    torch.library.register_autograd(f"colossal_kernels::{name}", backward, setup_context=save, lib=_LIBRARY)
+def differentiate(
+    name: str, backward: Callable[..., Any], save: Callable[[Any, tuple[Any, ...], Any], None], *, twice: bool = False
+) -> None:
+    """Gives an operator its gradient. save(ctx, inputs, output); backward(ctx, *gradients) returns one gradient for each input, or None.
+
+    twice: backward is made of operations that have gradients themselves. Where it is not, a gradient of a gradient (`create_graph=True`)
+    raises RuntimeError: it would be wrong without a word.
+    """
+
+    def once(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            reason = f"the kernel {name} has no second derivative (create_graph=True)"
+            raise RuntimeError(f"{reason}: choose the provider `reference` for its op")
+        return backward(ctx, *gradients)
+
+    found = backward if twice else once
+    torch.library.register_autograd(f"colossal_kernels::{name}", found, setup_context=save, lib=_LIBRARY)
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

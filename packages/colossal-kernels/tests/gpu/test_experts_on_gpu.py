@@ -1,7 +1,8 @@
-"""The layer of experts and fp8 products where the interpreter cannot go: tensor cores, and a device that must not be waited for."""
+"""Experts, fp8 and joined attention where the interpreter cannot go: tensor cores, many warps, and a device that must not be waited for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,9 @@ from colossal_core.difference import relative_difference
 from colossal_core.ops import experts as reference
 from colossal_core.ops import low_precision
 from colossal_core.ops.low_precision import Granularity, Recipe
+from colossal_kernels.attention.merge import merge_attention
 from colossal_kernels.experts import layer as layer_module
+from colossal_kernels.experts.grouped_matmul import grouped_matmul
 from colossal_kernels.experts.layer import experts
 from colossal_kernels.low_precision.quantize_fp8 import quantize_fp8
 from colossal_kernels.low_precision.scaled_matmul import scaled_matmul
@@ -99,13 +102,48 @@ def test_products_in_fp8_are_those_of_the_numbers_that_codes_stand_for(recipe: R
     assert relative_difference(y, truth) <= 2.0**-8
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("granularity", list(Granularity))
-def test_codes_and_scales_are_the_reference_s_bit_for_bit(granularity: Granularity) -> None:
-    """The tensor's own rounding instruction, beside torch's cast."""
-    x = torch.randn(300, 400, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).mul(3.0).exp().bfloat16()
+def test_codes_and_scales_are_the_reference_s_bit_for_bit(granularity: Granularity, dtype: torch.dtype) -> None:
+    """The GPU's own rounding instruction, beside torch's cast; of both signs, and some numbers that are not finite."""
+    x = torch.randn(300, 400, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    x = (x.sign() * x.mul(3.0).exp()).bfloat16()
+    x.view(-1)[::9973], x.view(-1)[1::9967], x.view(-1)[2::9949] = math.nan, math.inf, -math.inf
     for ours, wanted in zip(
-        quantize_fp8(x, granularity, transposed=True),
-        low_precision.quantize_fp8(x, granularity, transposed=True),
+        quantize_fp8(x, granularity, dtype=dtype, transposed=True),
+        low_precision.quantize_fp8(x, granularity, dtype=dtype, transposed=True),
         strict=True,
     ):
-        assert torch.equal(ours.float(), wanted.float())
+        assert torch.equal(ours.float().isnan(), wanted.float().isnan())
+        assert torch.equal(ours.float().nan_to_num(), wanted.float().nan_to_num())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_by_expert_take_rows_and_gradients_of_any_strides(transposed: bool) -> None:
+    """Rows that are part of odd rows; and the gradient of a sum is one number expanded."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(60, 65, generator=generator, device=DEVICE).bfloat16()[:, :64].requires_grad_()
+    weights = torch.randn(3, 64, 72, generator=generator, device=DEVICE).bfloat16()
+    if transposed:
+        weights = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    weights.requires_grad_()
+    offsets = torch.tensor([0, 17, 17, 60], dtype=torch.int32, device=DEVICE)
+    results = []
+    for function in (grouped_matmul, reference.grouped_matmul):
+        y = function(x, weights, offsets)
+        results.append((y, *torch.autograd.grad(y.sum(), [x, weights])))
+    for found, wanted in zip(*results, strict=True):
+        assert relative_difference(found, wanted) <= 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [64, 128, 256, 512])
+def test_attention_joined_in_place_is_what_it_is_elsewhere(features: int, dtype: torch.dtype) -> None:
+    """Bit by bit and many times: warps that share a row must all have read its lse before one writes over it."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    outputs = [torch.randn(4, 16, 512, features, generator=generator, device=DEVICE).to(dtype) for _ in range(2)]
+    lses = [torch.randn(4, 16, 512, generator=generator, device=DEVICE) for _ in range(2)]
+    out, lse = merge_attention(outputs, lses)
+    for _ in range(50):
+        found, of_found = merge_attention([outputs[0].clone(), outputs[1]], [lses[0].clone(), lses[1]], overwrite=True)
+        assert torch.equal(found, out) and torch.equal(of_found, lse)

@@ -15,6 +15,7 @@ from colossal_core._torch_private import TorchDispatchMode
 from colossal_core.ops import OpImplementation
 from colossal_core.testing import OpSuite
 from colossal_core.testing.op_cases import OpCase, op_cases
+from colossal_core.testing.op_cases.case import placed
 from colossal_kernels.bench.case import Call, Draw
 from colossal_kernels.bench.command import known_benches
 from colossal_kernels.bench.outcome import copied, distance, mapped, outcome
@@ -63,7 +64,9 @@ def calls(op: str, most: int, dtype: torch.dtype = NARROW, device: str = DEVICE)
     full = [case for case in cases if all(tensor.numel() for tensor in _tensors(case))][:most]
     grad = op in DIFFERENTIATED_OPS
     return [
-        mapped(_call(case, grad=grad), lambda tensor: tensor.detach().to(device).requires_grad_(tensor.requires_grad))
+        mapped(
+            _call(case, grad=grad), lambda tensor: placed(tensor.detach(), device).requires_grad_(tensor.requires_grad)
+        )
         for case in full
     ]
 

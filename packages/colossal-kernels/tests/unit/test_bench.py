@@ -24,7 +24,9 @@ from colossal_kernels.bench.measure import Row, Workbench
 from colossal_kernels.bench.outcome import distance
 from colossal_kernels.table import TRITON, implementations
 
-CEILINGS = Ceilings(copy=4e12, matmul=8e14, copy_of=lambda num_bytes: 3e12 if num_bytes < 1 << 20 else 4e12)
+CEILINGS = Ceilings(
+    copy=4e12, matmul=8e14, copy_of=lambda num_bytes: 3e12 if num_bytes < 1 << 20 else 4e12, device_name="NVIDIA H200"
+)
 
 
 class ToldClock:

@@ -83,6 +83,14 @@ def test_one_mixed_pass(grad: torch.dtype) -> None:
         assert torch.equal(copy, ours[0].bfloat16())
 
 
+def test_who_saved_what_a_step_changes_is_told() -> None:
+    lists, copy = drawn(9), torch.zeros(9, dtype=torch.bfloat16)
+    before = [tensor._version for tensor in (*lists, copy)]
+    step([lists], copies=[copy])
+    changed = [tensor._version > old for tensor, old in zip((*lists, copy), before, strict=True)]
+    assert changed == [True, False, True, True, True]
+
+
 def test_an_element_is_the_same_wherever_it_lies() -> None:
     """In one tensor or cut into odd pieces, by one thread or three: bit for bit."""
     numel = 200_003

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from colossal_core.difference import relative_difference
 from colossal_core.ops import OpImplementation
 from colossal_core.ops import experts as reference
 from colossal_core.testing import OpSuite
+from colossal_kernels.experts import grouped_matmul as grouped_module
 from colossal_kernels.experts.order import expert_order
 from colossal_kernels.experts.route import route
 from colossal_kernels.experts.rows import expert_permute, expert_unpermute
@@ -115,11 +117,11 @@ def test_a_choice_without_a_row_has_a_zero_gradient() -> None:
 
 def test_results_are_the_same_bits_every_time() -> None:
     experts = chosen(40, 8, 3)
-    order, inverse, _ = expert_order(experts, 8)
+    order, inverse, offsets = expert_order(experts, 8)
     y, weights = torch.randn(120, 24), torch.randn(40, 3)
     first, second = (expert_unpermute(y, order, inverse, weights) for _ in range(2))
     assert torch.equal(first, second)
-    assert all(torch.equal(a, b) for a, b in zip(expert_order(experts, 8), (order, inverse, _), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expert_order(experts, 8), (order, inverse, offsets), strict=True))
 
 
 def test_rows_may_lie_more_than_two_to_the_31st_elements_apart() -> None:
@@ -134,6 +136,34 @@ def test_rows_may_lie_more_than_two_to_the_31st_elements_apart() -> None:
     assert route(x, 1)[1].tolist() == [[3], [3]]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "parts of odd rows", "one row expanded"])
+def test_products_take_rows_and_gradients_of_any_strides(
+    layout: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernel wants rows at multiples of 16 bytes, on the CPU too. The sum's gradient is one number expanded."""
+    monkeypatch.setattr(grouped_module, "takes_grouped", lambda *tensors: True)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(6, 17, generator=generator).bfloat16()
+    x = {
+        "plain": wide[:, :16].clone(),
+        "parts of odd rows": wide[:, :16],
+        "one row expanded": wide[:1, :16].expand(6, 16),
+    }
+    weights = torch.randn(3, 16, 8, generator=generator).bfloat16()
+    if transposed:
+        weights = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    given = x[layout].requires_grad_(), weights.requires_grad_()
+    results = []
+    for function in (grouped_module.grouped_matmul, reference.grouped_matmul):
+        y = function(*given, offsets)
+        results.append((y, *torch.autograd.grad(y.sum(), given)))
+    for found, wanted in zip(*results, strict=True):
+        assert relative_difference(found, wanted) <= 2.0**-8
+    assert results[0][2].stride() == weights.stride()
+
+
 def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     experts = chosen(5, 4, 2)
     order, inverse, _ = expert_order(experts, 4)
@@ -141,6 +171,8 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
     weights, picked = route(logits, 2)
     ops = torch.ops.colossal_kernels
     x, y, scales = torch.randn(5, 8), torch.randn(10, 8), torch.randn(5, 2)
+    rows, matrices = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((10, 8), (4, 8, 16)))
+    _, _, offsets = expert_order(experts, 4)
     return [
         (ops.route.default, (logits.requires_grad_(), 2, True)),
         (ops.route_backward.default, (weights, logits.detach(), weights, picked, torch.zeros(3), False)),
@@ -149,10 +181,11 @@ def operators() -> list[tuple[Any, tuple[Any, ...]]]:
         (ops.expert_unpermute.default, (y.requires_grad_(), order, inverse, scales.requires_grad_())),
         (ops.expert_unpermute.default, (y, order, inverse, None)),
         (ops.expert_unpermute_backward.default, (x.detach(), y.detach(), order, inverse, scales.detach())),
+        (ops.grouped_matmul.default, (rows, matrices, offsets)),
     ]
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(8))
 def test_torch_knows_the_operators(index: int) -> None:
     operator, arguments = operators()[index]
     torch.library.opcheck(operator, arguments, test_utils=OPERATOR_TESTS)

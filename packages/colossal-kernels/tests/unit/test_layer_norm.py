@@ -50,6 +50,13 @@ def test_a_large_mean_does_not_cost_digits() -> None:
     assert (y - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-6
 
 
+def test_a_weight_and_a_bias_that_are_not_contiguous() -> None:
+    x, weight, bias = torch.randn(3, 8), torch.randn(16)[::2], torch.randn(1).expand(8)
+    torch.testing.assert_close(layer_norm(x, weight, bias, 1e-5), reference.layer_norm(x, weight, bias, 1e-5))
+    ours, theirs = (add(x, x, weight, bias, 1e-5) for add in (add_layer_norm, reference.add_layer_norm))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_torch_knows_the_operators() -> None:
     x, weight, bias = torch.randn(3, 7, requires_grad=True), torch.randn(7, requires_grad=True), torch.randn(7)
     names = torch.ops.colossal_kernels

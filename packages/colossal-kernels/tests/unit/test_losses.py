@@ -12,6 +12,7 @@ from torch import Tensor
 from colossal_core.ops import OpImplementation, reference
 from colossal_core.ops.reference import LossTerms, Words
 from colossal_core.testing import OpSuite
+from colossal_kernels.losses import in_place
 from colossal_kernels.losses import linear_cross_entropy as linear_module
 from colossal_kernels.losses import rows as rows_module
 from colossal_kernels.losses.cross_entropy import cross_entropy
@@ -53,15 +54,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a row is many blocks and many parts."""
-    for name, value in (
-        ("READ_BLOCK", 8),
-        ("WRITE_BLOCK", 8),
-        ("WRITE_BLOCKS", 2),
-        ("IN_PLACE_BLOCK", 16),
-        ("WHOLE_BLOCK", 32),
-        ("MERGE_ROWS", 2),
-    ):
+    for name, value in (("READ_BLOCK", 8), ("WRITE_BLOCK", 8), ("WRITE_BLOCKS", 2), ("MERGE_ROWS", 2)):
         monkeypatch.setattr(rows_module, name, value)
+    for name, value in (("IN_PLACE_BLOCK", 16), ("WHOLE_BLOCK", 32)):
+        monkeypatch.setattr(in_place, name, value)
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64], ids=["one part", "a few parts", "a part for each block"])
@@ -169,7 +165,7 @@ def test_rows_more_than_2_31_elements_apart() -> None:
         (expected,) = torch.autograd.grad(cross_entropy(near, labels)[0], near)
         assert torch.equal(found, expected)
     apart.detach().copy_(near.detach())
-    rows_module.write_losses_and_gradients(apart.detach(), labels, LossTerms(), torch.empty(2))
+    in_place.write_losses_and_gradients(apart.detach(), labels, LossTerms(), torch.empty(2))
     assert torch.equal(apart, expected)
 
 
@@ -184,6 +180,26 @@ def test_the_gradient_takes_the_place_of_the_logits() -> None:
         torch.autograd.grad(total, logits)
     expected, _ = reference.cross_entropy(leaf, torch.tensor([1, 2, 3]))
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_rows_of_one_word_and_rows_that_overlap(overwrite: bool) -> None:
+    """One column may have any stride, and of rows in one place none may be written before the others are read."""
+    one = normal(1, 4).t().requires_grad_()
+    (found,) = torch.autograd.grad(cross_entropy(one, torch.zeros(4, dtype=torch.int64), overwrite=overwrite)[0], one)
+    assert torch.equal(found, torch.zeros(4, 1))
+    leaf, labels = normal(1, 5).requires_grad_(), torch.tensor([1, 2, 3])
+    logits = (leaf * 1.0).expand(3, 5)
+    (found,) = torch.autograd.grad(cross_entropy(logits, labels, overwrite=overwrite)[0], leaf)
+    expected, _ = reference.cross_entropy(leaf.expand(3, 5), labels)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaf)[0])
+
+
+def test_a_gradient_of_the_gradient_is_an_error() -> None:
+    logits = normal(3, 5).requires_grad_()
+    total, _ = cross_entropy(logits, torch.tensor([1, 2, 3]))
+    with pytest.raises(RuntimeError, match="the kernel cross_entropy has no second derivative"):
+        torch.autograd.grad(total, logits, create_graph=True)
 
 
 def test_a_second_backward_pass_through_a_projection_is_an_error() -> None:

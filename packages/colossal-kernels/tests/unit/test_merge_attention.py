@@ -73,6 +73,26 @@ def test_a_ring_joins_each_part_to_what_there_is(op: Any) -> None:
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_part_that_is_not_seen_gives_zeros(overwrite: bool) -> None:
+    outputs, lses = parts(1, 1, 1, 2, 4)
+    lses[0][..., 0], outputs[0][..., 0, :] = -math.inf, math.nan
+    out, lse = merge_attention(outputs, lses, overwrite=overwrite)
+    assert not out[0, 0, 0].any() and lse[0, 0, 0] == -math.inf
+    assert torch.equal(out[0, 0, 1], outputs[0][0, 0, 1])
+
+
+@pytest.mark.parametrize("op", [merge_attention, reference.merge_attention], ids=["triton", "reference"])
+def test_what_is_written_over_cannot_be_differentiated_as_if_it_were_not(op: Any) -> None:
+    outputs, lses = parts(2, 1, 1, 2, 4)
+    first = outputs[0].requires_grad_()
+    square = first.square().square()
+    end = square.square()
+    op([square, outputs[1]], lses, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(end.sum(), first)
+
+
 def test_attention_over_parts_is_attention_over_all() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(1, 2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(3))

@@ -212,6 +212,19 @@ def test_steps_repeat_bit_for_bit_from_tables_made_once() -> None:
     assert all(torch.equal(one, other) for one, other in zip(lists[0], first, strict=True))
 
 
+def test_who_saved_what_a_step_changes_is_told() -> None:
+    params, copies = drawn(1), [param.clone().requires_grad_() for param in drawn(1)]
+    squares = [copy.square() for copy in copies]
+    given = [copy.detach() for copy in copies]
+    moments = coded(FIRST_MOMENT, drawn(3))
+    OURS["lion_step"](params, drawn(2), moments, settings=LionSettings(1e-2), copies=given, seed=1)
+    for square in squares:
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+            square.sum().backward()  # type: ignore[no-untyped-call]
+    changed = [*params, *(item.codes for item in moments), *(item.scales for item in moments)]
+    assert all(tensor._version for tensor in changed)
+
+
 def test_rows_of_huge_lists_count_in_64_bits() -> None:
     """Sizes alone: where each tensor's programs start, beyond 2^31 elements."""
     numels = [3 * 2**31, 5, 2**31 + 1]

@@ -107,6 +107,17 @@ def test_torch_knows_the_operators() -> None:
         torch.library.opcheck(operator, arguments, test_utils=REGISTRATION)
 
 
+@pytest.mark.parametrize("weight", [torch.randn(16)[::2], torch.randn(1).expand(8), torch.randn(1)])
+def test_weights_of_any_layout(weight: torch.Tensor) -> None:
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    found, wanted = (add(x, x, weight, 1e-6) for add in (add_rms_norm, reference.add_rms_norm))
+    torch.testing.assert_close(found, wanted)
+    codes, scale = rms_norm_fp8.rms_norm_fp8(x, weight, 1e-6)
+    same_codes, same_scale = reference.rms_norm_fp8(x, weight, 1e-6)
+    assert torch.equal(codes.float(), same_codes.float()) and torch.equal(scale, same_scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_a_kernel_does_not_take_goes_to_the_reference(dtype: torch.dtype) -> None:
     x = torch.randn(3, 4, dtype=torch.float64).to(dtype)
@@ -114,3 +125,13 @@ def test_what_a_kernel_does_not_take_goes_to_the_reference(dtype: torch.dtype) -
     assert torch.equal(rms_norm(x, mixed, 1e-6), reference.rms_norm(x, mixed, 1e-6))
     y, total = add_rms_norm(x, x.float(), None, 1e-6)
     assert total.dtype == torch.promote_types(dtype, torch.float32) == y.dtype
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    """The backward kernel has no gradient of its own: what autograd would make of it is wrong."""
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    y = rms_norm(x, weight, 1e-6)
+    with pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    reason = "the kernel rms_norm has no second derivative (create_graph=True)"
+    assert str(raised.value) == f"{reason}: choose the provider `reference` for its op"

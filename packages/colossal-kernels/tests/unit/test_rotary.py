@@ -89,6 +89,18 @@ def test_results_lie_in_memory_as_the_arguments_do() -> None:
     assert [turned.stride() for turned in found] == [q.stride(), k.stride()]
 
 
+def test_features_that_are_no_neighbours() -> None:
+    """Queries [B, H, L, D] over memory of [B, H, D, L], gradients that are one expanded number."""
+    cos, sin = angles_of(5, 4)
+    q, k = torch.randn(1, 2, 8, 5, requires_grad=True), torch.randn(1, 2, 5, 8, requires_grad=True)
+    found, wanted = (turn(q.mT, k, cos, sin) for turn in (rotary, reference.rotary))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(found[0].sum() + found[1].sum(), (q, k)) for found in (found, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_rotating_back_gives_the_start_again() -> None:
     cos, sin = angles_of(5, 4)
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)
@@ -128,5 +140,7 @@ def test_torch_knows_the_operators() -> None:
     names = torch.ops.colossal_kernels
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
     torch.library.opcheck(names.rotary.default, (q, k, cos, sin, 3, 1, True, False, False), test_utils=REGISTRATION)
+    apart = (q.detach().mT.contiguous().mT, k.detach(), cos, sin, 3, 1, True, False, False)
+    torch.library.opcheck(names.rotary.default, apart, test_utils=REGISTRATION)
     plain = (q.detach().clone(), k.detach().clone(), cos, sin, 3, 1, False, True)
     torch.library.opcheck(names.rotary_.default, plain, test_utils=REGISTRATION)

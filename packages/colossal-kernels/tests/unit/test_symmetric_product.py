@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from colossal_core.ops import symmetric_product as reference
 from colossal_core.testing import OpSuite
@@ -50,14 +52,23 @@ def test_polynomials_of_one_matrix() -> None:
     torch.testing.assert_close(product.double(), wide_change @ wide + 3.4 * wide, rtol=2e-3, atol=2e-3)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _tiles(indices, found_rows, found_columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.arange(0, BLOCK)
+    row, column = module._tile_of(tl.load(indices + places))
+    tl.store(found_rows + places, row)
+    tl.store(found_columns + places, column)
+
+
 def test_every_tile_of_the_lower_half_is_met_once() -> None:
     """The row of a tile is found by a square root in float32: right also where that rounds."""
-    for row in [*range(1, 2000), 4095, 4096]:
-        for index in (row * (row + 1) // 2 - 1, row * (row + 1) // 2):
-            guess = int((torch.tensor(8.0 * index + 1.0, dtype=torch.float32).sqrt() - 1.0) * 0.5)
-            guess -= guess * (guess + 1) // 2 > index
-            guess += (guess + 1) * (guess + 2) // 2 <= index
-            assert guess * (guess + 1) // 2 <= index < (guess + 1) * (guess + 2) // 2
+    rows = torch.tensor([*range(1, 2047), 4095, 4096], dtype=torch.int32)
+    firsts = rows * (rows + 1) // 2
+    found_rows, found_columns = torch.empty_like(rows), torch.empty_like(rows)
+    _tiles[(1,)](firsts, found_rows, found_columns, BLOCK=len(rows))
+    assert torch.equal(found_rows, rows) and not found_columns.any()
+    _tiles[(1,)](firsts - 1, found_rows, found_columns, BLOCK=len(rows))
+    assert torch.equal(found_rows, rows - 1) and torch.equal(found_columns, rows - 1)
 
 
 def test_torch_knows_the_operator() -> None:

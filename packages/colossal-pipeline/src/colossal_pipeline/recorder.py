@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,10 @@ def record_step(config: PipelineConfig, plan: Plan, context: ApplyContext) -> No
         if collectives.rank == 0 and path is not None:
             program = plan.program
             trace = Trace(config.schedule, view.step, program.num_microbatches, program.stage_ranks, error, line)
-            trace.write(path)
+            try:
+                trace.write(path)
+            except OSError as error_of_file:  # what is trained is worth more than a picture
+                warnings.warn(f"the recorded step could not be written: {error_of_file}", stacklevel=1)
 
     context.hooks.add("before_step", before)
     context.hooks.add("after_step", after)

@@ -54,6 +54,10 @@ class _Run:
         assert self.split is not None, "the pass was not to be cut"
         return self.split.parameter_gradients()
 
+    def abandon(self) -> None:
+        if self.split is not None:
+            self.split.abandon()
+
     def outputs(self) -> list[Tensor]:
         known = {**self.received, **self.made}
         return [known[one.unit, one.call, one.output] for one in self.sent]

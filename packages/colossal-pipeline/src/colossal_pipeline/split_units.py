@@ -59,10 +59,16 @@ class SplitCalls:
             runner, key = self._units.runners[unit], self._key(index)
             if runner.has_split(key):
                 runner.backward_weight(key)
-                yield from self._units.found
-                self._units.found.clear()
+                found, self._units.found = self._units.found, []  # taken, so that no error leaves them to the next pass
+                yield from found
             else:
                 runner.forget(key)
+        self._called.clear()
+
+    def abandon(self) -> None:
+        """Drops what the units keep of this pass."""
+        for index, unit in enumerate(self._called):
+            self._units.runners[unit].forget(self._key(index))
         self._called.clear()
 
     def _key(self, index: int) -> int:

@@ -137,7 +137,8 @@ class FlatBucket:
         if self._formats.stage == 3 or self._shared:
             return None
         if not self._formats.stage:
-            return self._cut(self._compute)[position]
+            start, numel = self.shape.offsets[position], self.shape.numels[position]
+            return self._compute[start : start + numel].view(self._shapes[position])
         return self._compute[self._own][self._held(position)]
 
     def start_gather(self, *, copied: bool = False) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from colossal_core.model_ops import gates, residuals, rotations
 from colossal_core.model_ops.norms import Norm
+from colossal_core.model_ops.proving import attributes_of
 from colossal_core.model_ops.remaking import Change, Place, Source
 
 Function = Callable[..., Any]
@@ -117,8 +118,9 @@ class Finder:
             if called is None:
                 continue
             keywords = tuple(gates.keywords_of(call).items())
-            is_module = isinstance(called, nn.Module)
-            key = (type(called), repr(called), keywords) if is_module else (id(called), keywords)
+            key: object = (id(called), keywords)
+            if isinstance(called, nn.Module):
+                key = (type(called), repr(called), attributes_of(called), keywords)
             if key not in self._activations:
                 self._activations[key] = gates.find_activation(called, dict(keywords))
             activation = self._activations[key]

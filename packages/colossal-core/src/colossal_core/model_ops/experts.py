@@ -54,13 +54,18 @@ def find_experts(module: nn.Module) -> Experts | None:
         stacks = dict(copied.named_parameters())
         count, _, width = stacks[found[0].gate_up].shape
         chosen = torch.stack([torch.randperm(count)[: min(_CHOICES, count)] for _ in range(_ROWS)])
-        x, weights = drawn(_ROWS, width), drawn(*chosen.shape)
-        inputs = [x, weights, *stacks.values()]
+        rows = [
+            drawn(_ROWS, width, scale=scale) for scale in (1.0, 1e3)
+        ]  # a limit (MiniMax, Step) shows on large ones alone
+        weights = drawn(*chosen.shape)
         for one in found:
-            if is_same(
-                lambda x, weights, *_: copied(x, chosen, weights),
-                lambda x, weights, *_, one=one: one.bound(experts, copied, x, chosen, weights),
-                inputs,
+            if all(
+                is_same(
+                    lambda x, weights, *_: copied(x, chosen, weights),
+                    lambda x, weights, *_, one=one: one.bound(experts, copied, x, chosen, weights),
+                    [x, weights, *stacks.values()],
+                )
+                for x in rows
             ):
                 return one
     return None

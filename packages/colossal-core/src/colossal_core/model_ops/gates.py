@@ -170,8 +170,17 @@ def find_activation(called: Callable[..., Any], keywords: Mapping[str, Any]) -> 
     elif isinstance(called, type) or not _is_of_torch(called):
         return None
     with drawing():
-        x = drawn(4, 64, scale=3.0)
-        return next((one for one in ACTIVATIONS if is_same(lambda x: called(x, **keywords), one.function, [x])), None)
+        inputs = [
+            drawn(4, 64, scale=scale) for scale in (3.0, 300.0)
+        ]  # a limit (transformers' gelu_10) shows on large ones alone
+        return next(
+            (
+                one
+                for one in ACTIVATIONS
+                if all(is_same(lambda x: called(x, **keywords), one.function, [x]) for x in inputs)
+            ),
+            None,
+        )
 
 
 def _is_of_torch(called: Callable[..., Any]) -> bool:

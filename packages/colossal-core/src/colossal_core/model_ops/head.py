@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 
 
 def is_plain_head(model: nn.Module, name: str) -> bool:
-    """Whether a head is a product with its weight and nothing else. One with hooks has somebody who wants its output."""
+    """Whether a head is a product with its weight and nothing else. One with hooks has somebody who wants its output, and so has one inside
+    of a module (the model) with hooks behind its forward, or with a forward that was put on it.
+    """
     head = model.get_submodule(name)
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    if any(
+        one._forward_hooks or one._backward_hooks or one._backward_pre_hooks or "forward" in vars(one) for one in around
+    ):
+        return False
     return (
         type(head) is nn.Linear
         and dict(head.named_parameters()).keys() == {"weight"}

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from colossal_core.model_ops.proving import drawing, drawn, is_same, with_random_values
+from colossal_core.model_ops.proving import attributes_of, drawing, drawn, is_same, with_random_values
+from colossal_core.model_ops.remaking import PREFIX
 from colossal_core.ops import norms
 
 _TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+NORMED = f"{PREFIX}normed"
+"""Attribute of a norm whose forward is the op's: that forward again, so that another one put in its place is seen."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,24 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def find_norm(module: nn.Module) -> Norm | None:
-    """What a candidate computes, proven in values and gradients on rows of ordinary and of tiny size (where eps decides) and with one to
-    three leading dimensions; None where it is neither op.
+    """What a candidate computes, proven in values and gradients on rows of ordinary, of tiny (where eps decides) and of huge size (where a
+    limit would) and with one to three leading dimensions; None where it is neither op.
     """
     with drawing():
-        copied = with_random_values(module)
+        try:
+            copied = with_random_values(module)
+        except Exception:  # whatever a stranger's attributes raise when they are copied
+            return None
         width = _width(copied)
-        inputs = [drawn(2, 3, width), drawn(5, width, scale=1e-3), drawn(2, 1, 3, width), drawn(3, width, scale=1e-6)]
-        return next((norm for norm in _guesses(copied) if _is(copied, norm, inputs)), None)
+        inputs = [
+            drawn(2, 3, width),
+            drawn(5, width, scale=1e-3),
+            drawn(2, 1, 3, width),
+            drawn(3, width, scale=1e-6),
+            drawn(3, width, scale=1e4),
+        ]
+        found = next((norm for norm in _guesses(copied) if _is(copied, norm, inputs)), None)
+    return found if found is not None and _keeps_dtype(copied, width) else None
 
 
 def _is(module: nn.Module, norm: Norm, inputs: list[Tensor]) -> bool:
@@ -76,6 +91,16 @@ def _is(module: nn.Module, norm: Norm, inputs: list[Tensor]) -> bool:
         is_same(lambda x, *_: module(x), lambda x, *_: norm.bound(function, module, x), [x, *parameters])
         for x in inputs
     )
+
+
+def _keeps_dtype(module: nn.Module, width: int) -> bool:
+    """Whether narrow rows stay narrow, as under the ops, and are not handed on in float32."""
+    with torch.no_grad(), torch.device("cpu"):
+        rows = torch.ones(2, width, dtype=torch.bfloat16)
+        try:
+            return bool(module.to(torch.bfloat16)(rows).dtype == torch.bfloat16)
+        except Exception:  # whatever a stranger's forward raises
+            return False
 
 
 def _guesses(module: nn.Module) -> Iterator[Norm]:
@@ -109,10 +134,9 @@ def _width(module: nn.Module) -> int:
 
 
 def shape_of(module: nn.Module) -> object:
-    """What a proof depends on: modules of one class with equal shapes and numbers compute the same."""
-    numbers = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float)))
+    """What a proof depends on: modules of one class with equal shapes and attributes compute the same."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-    return type(module), shapes, numbers, _width(module)
+    return type(module), shapes, attributes_of(module), _width(module)
 
 
 def normed(norm: Norm, function: Callable[..., Tensor], original: Callable[..., Any]) -> Callable[..., Any]:

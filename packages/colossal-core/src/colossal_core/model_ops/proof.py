@@ -17,7 +17,7 @@ from colossal_core.model_ops.proving import drawing
 from colossal_core.model_ops.replacing import HEAD_LOSS, install
 from colossal_core.model_ops.uses import Uses, find_uses
 from colossal_core.quiet import quiet_transformers
-from colossal_core.specimen import Specimen, pattern_of
+from colossal_core.specimen import Specimen, SpecimenError, pattern_of
 from colossal_core.specimen_trial import batch_for, prepared
 
 if TYPE_CHECKING:
@@ -45,19 +45,32 @@ def prove_ops(anatomy: ModelAnatomy, specimen: Specimen, wanted: Sequence[str]) 
     """All of the wanted ops at once; where that is not the same, each by itself. Raises: SpecimenError."""
     names = [op for op in wanted if op != HEAD_LOSS]
     heads = anatomy.heads
-    truth = _run(anatomy, specimen, heads, {})
+    try:
+        truth = _run(anatomy, specimen, heads, {})
+    except SpecimenError:
+        raise
+    except Exception as error:  # whatever a model's forward raises
+        raise SpecimenError(f"a small model of this kind cannot be run: {_in_a_line(error)}") from error
     uses = _uses(specimen, heads)
-    different = _difference(_run(anatomy, specimen, heads, _chosen(uses, names)), truth)
+
+    def different_with(ops: Sequence[str]) -> str:
+        try:
+            found = _run(anatomy, specimen, heads, _chosen(uses, ops))
+        except Exception as error:  # without the ops it ran
+            return f"raises {_in_a_line(error)}"
+        return _difference(found, truth)
+
+    different = different_with(names)
     left = []
     if different:
-        apart = {op: _difference(_run(anatomy, specimen, heads, _chosen(uses, [op])), truth) for op in names}
+        apart = {op: different_with([op]) for op in names}
         left = [f"{op}: not used, a small model of this kind {why} with it" for op, why in apart.items() if why]
         names = [op for op, why in apart.items() if not why]
         if not left:
             left, names = [f"no op is used: a small model of this kind {different} with all of them"], []
     same = {(op, pattern_of(name)) for op in names for name in uses.modules.get(op, ())}
     if HEAD_LOSS in wanted and uses.heads:
-        if truth.head_is_last and len(heads) == 1:
+        if truth.head_is_last and len(heads) == 1 and _hands_on(anatomy, specimen, heads[0]):
             same.add((HEAD_LOSS, pattern_of(heads[0])))
         else:
             left.append(f"{HEAD_LOSS}: not used, the logits are not what the head makes alone")
@@ -89,7 +102,7 @@ def _run(
         model.get_submodule(name).register_forward_hook(lambda module, args, output: made.append(output))
     with drawing(), quiet_transformers():
         output = model(**batch)
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        logits = _logits_in(output)
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.is_floating_point()]
         total = sum((torch.randn(one.shape, dtype=one.dtype) * one).sum() for one in outputs)
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
@@ -98,6 +111,35 @@ def _run(
             gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     found = {name: one for name, one in zip(trained, gradients, strict=True) if one is not None}
     return _Run([one.detach() for one in outputs], found, len(made) == 1 and made[0] is logits)
+
+
+def _hands_on(anatomy: ModelAnatomy, specimen: Specimen, head: str) -> bool:
+    """Whether the logits that the model returns are the very tensor that its head made where the model is narrow: a cast of them to float32
+    (Mamba) is none in float64.
+    """
+    with quiet_transformers():
+        model = prepared(specimen.build()).to(torch.bfloat16)
+        given = batch_for(model, specimen.batch(), anatomy)
+    narrow = {
+        key: value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in given.items()
+    }
+    made: list[Any] = []
+    model.get_submodule(head).register_forward_hook(lambda module, args, output: made.append(output))
+    try:
+        with torch.no_grad(), torch.device("cpu"), quiet_transformers():
+            logits = _logits_in(model(**narrow))
+    except Exception:  # whatever a model raises that was not made for narrow numbers
+        return False
+    return len(made) == 1 and made[0] is logits
+
+
+def _logits_in(output: Any) -> object:
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _difference(found: _Run, wanted: _Run) -> str:

@@ -14,6 +14,9 @@ from colossal_core.float64 import Float64Throughout
 
 _SEED = 20_191_016
 
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module has."""
+
 Function = Callable[..., "Tensor | Sequence[Tensor]"]
 
 
@@ -60,3 +63,18 @@ def with_random_values(module: nn.Module) -> nn.Module:
         for parameter in copied.parameters():
             parameter.copy_(torch.rand(parameter.shape, dtype=torch.float64) + 0.5)
     return copied.requires_grad_()
+
+
+def attributes_of(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """What a module keeps beside parameters, buffers and modules, in a form that can be compared: plain values as they are written, others
+    by which object they are (layers share their config).
+    """
+    kept = vars(module).items()
+    plain = (bool, int, float, str, tuple, type(None))
+    return tuple(
+        sorted(
+            (name, repr(value) if isinstance(value, plain) else str(id(value)))
+            for name, value in kept
+            if name not in _OF_TORCH
+        )
+    )

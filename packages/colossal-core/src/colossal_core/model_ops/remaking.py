@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import textwrap
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, MethodType
@@ -73,7 +74,7 @@ def source_of(function: FunctionType) -> Source | None:
     try:
         tree = _parsed(function)
         again = _compiled(tree, function, {})
-    except (OSError, TypeError, SyntaxError, ValueError, LookupError):
+    except (OSError, TypeError, SyntaxError, ValueError, LookupError, tokenize.TokenError):
         return None
     return Source(function, tree, tuple(wrappers)) if _alike(again.__code__, function.__code__) else None
 
@@ -232,11 +233,12 @@ def place_of(node: ast.AST) -> Place | None:
 
 def methods_of(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
     """The plain methods of a module by name, `forward` among them: its class's, and those of its parents down to `nn.Module` and
-    transformers' own model class. A module whose `forward` was put on it after it was made has none.
+    transformers' own model class. A module whose `forward` was put on it after it was made has none; another
+    method that was put on it is no longer its class's.
     """
     if "forward" in vars(module):
         return
-    seen: set[str] = set()
+    seen = {*vars(module)}
     for parent in type(module).__mro__:
         if parent is nn.Module or parent.__name__ == "PreTrainedModel":
             return

@@ -9,7 +9,7 @@ from torch import nn
 
 from colossal_core.model_ops.experts import by_experts
 from colossal_core.model_ops.head import HeadLoss
-from colossal_core.model_ops.norms import normed
+from colossal_core.model_ops.norms import NORMED, normed
 from colossal_core.model_ops.remaking import PREFIX, put
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def install(model: nn.Module, uses: Uses, chosen: Chosen, functions: Mapping[str
             if key not in made:
                 made[key] = normed(norm, functions[norm.op], type(module).forward)
             put(module, "forward", made[key])
-            vars(module)["normed"] = vars(module)["forward"]
+            vars(module)[NORMED] = vars(module)["forward"]
     for name in chosen.get("experts", ()):
         module = model.get_submodule(name)
         key = (uses.experts[name], type(module))
@@ -73,7 +73,7 @@ def install(model: nn.Module, uses: Uses, chosen: Chosen, functions: Mapping[str
     for use in uses.methods:
         picked = picked_in(use, uses, chosen)
         if picked:
-            method = (use.source.function, tuple(picked))
+            method = (use.source.function, use.source.wrappers, tuple(picked))
             if method not in made:
                 made[method] = _remade(use, picked, functions)
             put(model.get_submodule(use.module), use.method, made[method])

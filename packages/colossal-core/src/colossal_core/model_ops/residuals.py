@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from colossal_core.model_ops.norms import Norm
+from colossal_core.model_ops.norms import NORMED, Norm
 from colossal_core.model_ops.remaking import PREFIX, Change, Place, Source, place_of
 
 OPS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
@@ -132,4 +132,4 @@ def added_and_normed(
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling a norm does what its formula says and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and vars(module).get("forward") is vars(module).get("normed")
+    return not hooks and vars(module).get("forward") is vars(module).get(NORMED)

@@ -30,7 +30,8 @@ _BATCH, _LENGTH, _HEADS, _KEY_HEADS, _WIDTH = 2, 5, 3, 1, 8
 @dataclass(frozen=True)
 class Rotation:
     """What a function computes. interleaved, angles, to_halves: as of the op. heads: dimension of q and k that holds the heads, unless the
-    call says otherwise. partial: some features may pass. keeps_dtype: results have the dtype of q where cos has another.
+    call says otherwise. partial: some features may pass. keeps_dtype: results have the dtype of q where cos has another;
+    keeps_narrow: where q and cos are both narrower than float32.
     """
 
     interleaved: bool
@@ -39,6 +40,7 @@ class Rotation:
     heads: Literal[1, 2]
     partial: bool
     keeps_dtype: bool
+    keeps_narrow: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -67,7 +69,10 @@ def find_rotation(function: object) -> Rotation | None:
     with drawing():
         guess = next((one for one in _guesses() if _is(function, one, _WIDTH)), None)
         partial = guess is not None and _is(function, guess, _WIDTH // 2)
-    return None if guess is None else replace(guess, partial=partial, keeps_dtype=_keeps(function, guess))
+    if guess is None:
+        return None
+    wide, narrow = (_keeps(function, guess, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return replace(guess, partial=partial, keeps_dtype=wide, keeps_narrow=narrow)
 
 
 def _guesses() -> Iterator[Rotation]:
@@ -75,7 +80,7 @@ def _guesses() -> Iterator[Rotation]:
     orders = ((False, False), (True, False), (True, True))
     places: tuple[Literal[1, 2], ...] = (1, 2)
     for (interleaved, to_halves), angles, heads in itertools.product(orders, layouts, places):
-        yield Rotation(interleaved, angles, to_halves, heads, partial=False, keeps_dtype=False)
+        yield Rotation(interleaved, angles, to_halves, heads, partial=False, keeps_dtype=False, keeps_narrow=False)
 
 
 def is_candidate(function: object) -> bool:
@@ -113,12 +118,15 @@ def _laid(angles: Tensor, guess: Rotation) -> Tensor:
     return angles.repeat_interleave(2, dim=-1) if guess.angles == "neighbours" else angles
 
 
-def _keeps(function: FunctionType, guess: Rotation) -> bool:
-    """Whether the results of narrow queries and keys are as narrow, under wide angles."""
+def _keeps(function: FunctionType, guess: Rotation, of_angles: torch.dtype) -> bool:
+    """Whether the results of narrow queries and keys are as narrow, under angles of a dtype."""
     q, k = (_heads(count, guess).detach().to(torch.bfloat16) for count in (_HEADS, _KEY_HEADS))
     width = _WIDTH if guess.angles != "once" else _WIDTH // 2
-    angle = torch.ones(1, _LENGTH, width, dtype=torch.float32)
-    return all(one.dtype == torch.bfloat16 for one in function(q, k, cos=angle, sin=angle))
+    angle = torch.ones(1, _LENGTH, width, dtype=of_angles)
+    try:
+        return all(one.dtype == torch.bfloat16 for one in function(q, k, cos=angle, sin=angle))
+    except Exception:  # whatever a stranger's function raises where dtypes differ
+        return False
 
 
 def _by(op: Callable[..., Turned], found: Rotation, heads: int) -> Callable[..., Turned]:
@@ -162,7 +170,9 @@ def rotated(found: Rotation, op: Callable[..., Turned], original: FunctionType) 
         usual_shapes = (
             q.dim() == 4 and k.dim() == 4 and cos.dim() == 3 and cos.shape[-2] == q.shape[2 if heads == 1 else 1]
         )
-        same = q.dtype == k.dtype and cos.dtype == sin.dtype and (cos.dtype == q.dtype or found.keeps_dtype)
+        same = q.dtype == k.dtype and cos.dtype == sin.dtype
+        is_narrow = q.dtype in (torch.bfloat16, torch.float16)
+        same = same and (found.keeps_dtype if cos.dtype != q.dtype else found.keeps_narrow or not is_narrow)
         if not (usual_shapes and same and (whole or found.partial)):
             return original(*args, **kwargs)
         return by_heads[heads](q, k, cos, sin)

@@ -15,6 +15,7 @@ from colossal_core.model_ops.edits import Edit, Finder
 from colossal_core.model_ops.experts import Experts
 from colossal_core.model_ops.head import is_plain_head
 from colossal_core.model_ops.norms import Norm
+from colossal_core.model_ops.proving import attributes_of
 from colossal_core.model_ops.remaking import Source, methods_of, source_of
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _experts(model: nn.Module) -> dict[str, Experts]:
         guess = next(experts.guesses(module), None) if "forward" not in vars(module) else None
         if guess is None:
             continue
-        key = (type(module), repr(module), len(module.get_parameter(guess.gate_up)))
+        key = (type(module), repr(module), attributes_of(module), len(module.get_parameter(guess.gate_up)))
         if key not in known:
             known[key] = experts.find_experts(module)
         one = known[key]

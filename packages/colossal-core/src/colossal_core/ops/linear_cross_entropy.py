@@ -94,10 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        # Of one dimension: on a GPU a number of none would be rounded to the hidden states' dtype before it is multiplied.
+        factor = grad_total.reshape(1)
         return (
-            None if grad_hidden is None else (grad_hidden * grad_total).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_total).to(bias_dtype),
+            None if grad_hidden is None else (grad_hidden * factor).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * factor).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * factor).to(bias_dtype),
             None,
             None,
         )

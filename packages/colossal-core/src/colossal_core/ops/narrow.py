@@ -112,7 +112,8 @@ def _pieces(tensors: Sequence[torch.Tensor], parts: Sequence[_Part]) -> Tensors:
 
 def _widened(tensors: Sequence[torch.Tensor], parts: Sequence[_Part]) -> torch.Tensor:
     wide = torch.zeros(_length(parts), dtype=torch.float32, device=tensors[0].device)
-    torch._foreach_copy_(_views(wide, parts), _pieces(tensors, parts))
+    read = [tensors[part.index].detach().reshape(-1)[part.start : part.stop] for part in parts]
+    torch._foreach_copy_(_views(wide, parts), read)
     return wide
 
 

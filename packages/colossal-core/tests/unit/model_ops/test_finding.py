@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colossal_core.difference import EXACT, relative_difference
 from colossal_core.float64 import Float64Throughout
 from colossal_core.model_ops.experts import Experts, find_experts
+from colossal_core.model_ops.gates import find_activation
 from colossal_core.model_ops.norms import Norm, find_norm, is_candidate
 from colossal_core.model_ops.replacing import install
 from colossal_core.model_ops.rotations import Rotation, find_rotation, rotated
@@ -180,9 +181,15 @@ def test_the_forms_of_a_rotation() -> None:
         q, k = turned(q.float(), k.float(), cos, sin)
         return q.bfloat16(), k.bfloat16()
 
-    assert find_rotation(turned) == Rotation(False, "halves", False, 1, partial=False, keeps_dtype=False)
-    assert find_rotation(pairs) == Rotation(True, "neighbours", False, 1, partial=True, keeps_dtype=False)
-    assert find_rotation(whole) == Rotation(False, "halves", False, 1, partial=False, keeps_dtype=True)
+    assert find_rotation(turned) == Rotation(
+        False, "halves", False, 1, partial=False, keeps_dtype=False, keeps_narrow=True
+    )
+    assert find_rotation(pairs) == Rotation(
+        True, "neighbours", False, 1, partial=True, keeps_dtype=False, keeps_narrow=False
+    )
+    assert find_rotation(whole) == Rotation(
+        False, "halves", False, 1, partial=False, keeps_dtype=True, keeps_narrow=True
+    )
     assert find_rotation(not_turned) is None
     assert find_rotation(rotary) is not None
     assert find_rotation(print) is None
@@ -269,3 +276,33 @@ def test_sums_go_the_old_way_where_a_norm_is_not_what_it_was(touched: str) -> No
     of_sums = 1 if touched else 2
     rest = {"": ["rms_norm"], "hook": ["rms_norm", "rms_norm"], "forward": ["rms_norm"]}[touched]
     assert sorted(calls) == sorted(["add_rms_norm"] * (of_sums - 1) + ["add_layer_norm"] + rest + ["rms_norm"])
+
+
+class Limited(nn.Module):
+    """gelu up to a limit, as transformers' gelu_10."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x).clamp(-10.0, 10.0)
+
+
+class Held(nn.Module):
+    """Experts whose rows are at most 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.out = nn.Parameter(torch.randn(4, 10, 6)), nn.Parameter(torch.randn(4, 6, 5))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return experts(x.clamp(-10.0, 10.0), self.gates, self.out, chosen, weights)
+
+
+class Wide(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def test_what_differs_on_large_numbers_alone_or_in_its_dtype_is_no_op() -> None:
+    assert find_activation(nn.GELU(), {}) is not None
+    assert find_activation(Limited(), {}) is None
+    assert find_experts(Held()) is None
+    assert find_norm(Wide(6, eps=1e-5)) is None

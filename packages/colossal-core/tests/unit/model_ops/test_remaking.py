@@ -139,3 +139,6 @@ def test_methods_are_those_of_the_class_unless_somebody_has_put_a_forward_on_the
     module = Scaled()
     vars(module)["forward"] = torch.relu
     assert list(methods_of(module)) == []
+    module = Scaled()
+    vars(module)["around"] = torch.relu
+    assert {name for name, _ in methods_of(module)} == {"forward", "_kept", "mangled"}

@@ -7,6 +7,7 @@ Legend: B sequences, H heads, L queries, D features, R rows of a program. Heads,
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from colossal_core.ops import attention as reference
 from colossal_kernels.builds import Build
+from colossal_kernels.fitting import has_each_once, kernels_take
 from colossal_kernels.library import define, differentiate
 
 MOST_FEATURES = 512
@@ -38,18 +40,21 @@ def merge_attention(
         out, lse = _MERGE([_rows(outputs[0]), *parts], [lses[0].contiguous(), *of_parts])
         return out, lse
     out, lse = outputs[0].detach(), lses[0].detach()
-    if out.stride(-1) != 1 or not lse.is_contiguous():
+    if len(outputs) == 1 or out.stride(-1) != 1 or not has_each_once(out) or not lse.is_contiguous():
         return reference.merge_attention(outputs, lses, overwrite=True)
     for part, of_part in zip(parts, of_parts, strict=True):
         _JOIN(out, lse, part.detach(), of_part.detach())
+    if not torch.compiler.is_compiling() and not out.is_inference() and not lse.is_inference():
+        # torch counts no version for operators of its library, and a backward pass that kept the old numbers must fail.
+        torch.autograd.graph.increment_version((out, lse))
     return out, lse
 
 
 def _is_served(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
     first = outputs[0]
     same = all(part.shape == first.shape and part.dtype == outputs[-1].dtype for part in outputs[1:])
-    narrow = torch.float64 not in {part.dtype for part in outputs} and {lse.dtype for lse in lses} == {torch.float32}
-    return same and narrow and first.dim() == 4 and 0 < first.shape[-1] <= MOST_FEATURES and first.numel() > 0
+    fitting = all(lse.shape == first.shape[:-1] and lse.dtype == torch.float32 for lse in lses)
+    return same and fitting and first.dim() == 4 and first.shape[-1] <= MOST_FEATURES and kernels_take(*outputs, *lses)
 
 
 def _rows(part: Tensor) -> Tensor:
@@ -90,6 +95,8 @@ def _merge_kernel(
     total = tl.where(unseen, 1.0, total)
     out_RD = a_RD * (of_a / total)[:, None] + b_RD * (of_b / total)[:, None]
     at_out = out + _place(row_R, num_heads, num_queries, out_sequence, out_head, out_query)
+    # Several warps read the lse of a row, which one of them writes over.
+    tl.debug_barrier()
     tl.store(at_out[:, None] + feature[None, :], out_RD.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + row_R, tl.where(unseen, float("-inf"), tl.log(total) + largest), mask=there)
 
@@ -146,7 +153,7 @@ def _merge(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     out, lse = outputs[0], lses[0]
     found, of_found = out.new_empty(out.shape), lse.new_empty(lse.shape)
     if len(outputs) == 1:
-        return found.copy_(out), of_found.copy_(lse)
+        return found.copy_(out.masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)), of_found.copy_(lse)
     wide = lse.new_empty(out.shape if len(outputs) > 2 else 0)
     for part, of_part in zip(outputs[1:-1], lses[1:-1], strict=True):
         _launch(out, lse, part, of_part, wide, of_found)

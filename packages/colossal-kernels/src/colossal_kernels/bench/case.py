@@ -21,9 +21,9 @@ GIB = 1 << 30
 class Least:
     """The least that a direction of an op has to do.
 
-    num_bytes: moved through device memory, each input read once and each output written once. flops: of its matrix products, two for each
-    multiplication, nothing computed twice; 0: bound by memory. formula: both in words. goal_ms: on an H200. goal_share: of the copy
-    bandwidth for these bytes, or of the matrix rate. goal_extra_bytes: at the peak, over what there was before.
+    num_bytes: moved through device memory, in each direction each input read once and each output written once. flops: of its matrix
+    products, two for each multiplication, nothing computed twice; 0: bound by memory. formula: both in words. goal_ms: on an H200.
+    goal_share: of the copy bandwidth for these bytes, or of the matrix rate. goal_extra_bytes: at the peak, over what there was before.
     """
 
     num_bytes: int
@@ -76,6 +76,11 @@ class Draw:
         """[rows], every sixteenth ignored."""
         found = self.integers(vocabulary, rows)
         return found.masked_fill_(torch.arange(rows, device=self.device) % 16 == 3, -100)
+
+    @staticmethod
+    def counted(rows: int) -> int:
+        """Of so many `labels`, those that are not ignored."""
+        return rows - (rows + 12) // 16
 
     def choices(self, rows: int, most: int, count: int) -> Tensor:
         """[rows, count] different numbers below `most`, int64, some more often than others."""

@@ -114,12 +114,13 @@ class Ceilings:
     """What this machine reaches at best, measured in the same run and in the same way.
 
     copy: bytes read and written a second, of a large tensor. matmul: FLOP/s of a product of 8192^3 in bfloat16, 0 on a CPU. copy_of(bytes):
-    bytes a second of a copy that moves so many in all.
+    bytes a second of a copy that moves so many in all. device_name: goals are those of one device.
     """
 
     copy: float
     matmul: float
     copy_of: Callable[[int], float]
+    device_name: str
 
 
 def measured_ceilings(clock: Clock, device: torch.device) -> Ceilings:
@@ -134,7 +135,7 @@ def measured_ceilings(clock: Clock, device: torch.device) -> Ceilings:
         return known[each]
 
     if device.type == "cpu":
-        return Ceilings(copy_of(GIB // 4), 0.0, copy_of)
+        return Ceilings(copy_of(GIB // 4), 0.0, copy_of, "CPU")
     left, right = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
     matmul = 2e3 * 8192**3 / clock.sample(lambda: left @ right).median_ms
-    return Ceilings(copy_of(4 * GIB), matmul, copy_of)
+    return Ceilings(copy_of(4 * GIB), matmul, copy_of, torch.cuda.get_device_name(device))

@@ -75,7 +75,11 @@ def run(request: BenchmarkRequest, say: Callable[[str], None]) -> None:
         if request.json_file is not None:
             request.json_file.write_text(to_json(running.rows, ceilings, machine), encoding="utf-8")
     say("\n" + "\n".join(formulas(running.rows)) + "\n")
-    say("\n".join([*summary(running.rows, ceilings), *([lost] if lost else [])]))
+    say("\n".join(summary(running.rows, ceilings)))
+    if lost:
+        raise ConfigError(
+            [Problem("bench kernels", lost, "start it again, and leave out the op whose row failed last")]
+        )
 
 
 def measure_all(running: Run, benches: Iterable[OpBench]) -> None:

@@ -147,10 +147,10 @@ class Sweep:
     def warm(self, part: int, parts: int) -> None:
         """Runs this part of all settings once, so that they lie in Triton's cache."""
         for shape, direction, knobs in searched(self.bench):
-            call = shape.call(Draw(self.device))
             for setting in settings_of(knobs)[part::parts]:
+                # Several processes may not find memory at once: what is left out is compiled when it is tried.
                 with contextlib.suppress(Exception), overridden(setting):
-                    outcome(self.function, copied(call), (direction,))
+                    outcome(self.function, shape.call(Draw(self.device)), (direction,))
 
 
 def searched(bench: OpBench) -> Iterator[tuple[Shape, Direction, Knobs]]:

@@ -50,7 +50,10 @@ def adamw_step(
     if taken:
         own = lists.where(taken)
         moments = [[kept for kept in moment if isinstance(kept, Tensor)] for moment in own.moments]
-        _STEP(list(own.params), list(own.grads), *moments, list(own.copies or ()), step, clip, skip, _numbers(settings))
+        copies = list(own.copies or ())
+        _STEP(list(own.params), list(own.grads), *moments, copies, step, clip, skip, _numbers(settings))
+        # An operator of one's own does not count as a change by itself: who saved these for a backward pass is told, as by torch's own.
+        torch.autograd.graph.increment_version([*own.params, *moments[0], *moments[1], *copies])
     if left:
         rest = lists.where(left)
         reference.adamw_step(

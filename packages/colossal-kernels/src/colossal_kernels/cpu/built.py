@@ -58,7 +58,8 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def _built(source: Path, found: str, folder: Path) -> Path:
-    key = "\0".join((source.read_text(), found, *FLAGS, _processor()))
+    version = str(Path(found).resolve().stat().st_mtime_ns)  # of a compiler that was upgraded in its place
+    key = "\0".join((source.read_text(), found, version, *FLAGS, _processor()))
     place = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if place.exists():
         return place

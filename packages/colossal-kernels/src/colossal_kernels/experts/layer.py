@@ -24,6 +24,7 @@ from colossal_kernels.experts.grouped_matmul import grouped_matmul, grouped_oute
 from colossal_kernels.experts.order import MOST_EXPERTS, expert_order
 from colossal_kernels.experts.rows import MOST_CHOICES, expert_permute, expert_unpermute
 from colossal_kernels.experts.weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
+from colossal_kernels.fitting import kernels_take
 from colossal_kernels.library import define, differentiate
 
 GATHERED = False
@@ -32,8 +33,8 @@ GATHERED = False
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """`colossal_core.ops.reference.experts`."""
-    same = x.dtype == gate_up.dtype == down.dtype and torch.float64 not in (x.dtype, weights.dtype)
-    some = min(x.numel(), chosen.numel(), gate_up.numel()) > 0 and len(gate_up) <= MOST_EXPERTS
+    same = x.dtype == gate_up.dtype == down.dtype and kernels_take(x, gate_up, down, weights)
+    some = min(chosen.numel(), gate_up.numel()) > 0 and len(gate_up) <= MOST_EXPERTS
     if not same or not some or chosen.shape[1] > MOST_CHOICES or chosen.dtype not in (torch.int32, torch.int64):
         return reference.experts(x, gate_up, down, chosen, weights)
     y: Tensor = _FORWARD(x, gate_up, down, chosen, weights)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from colossal_core.ops import experts as reference
 from colossal_core.ops.experts import num_rows
 from colossal_kernels.builds import Build
+from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
 
 MOST_EXPERTS = 2048
@@ -28,7 +29,8 @@ SCAN = 1024
 def expert_order(experts: Tensor, num_experts: int, *, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """`colossal_core.ops.reference.expert_order`."""
     sortable = experts.dtype in (torch.int32, torch.int64) and experts.dim() == 2
-    if not sortable or experts.numel() == 0 or num_experts > MOST_EXPERTS:
+    placed = experts.is_cuda or interpreted()
+    if not sortable or not placed or experts.numel() == 0 or num_experts > MOST_EXPERTS:
         return reference.expert_order(experts, num_experts, multiple=multiple)
     order, inverse, offsets = _ORDER(experts, num_experts, multiple)
     return order, inverse, offsets

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from colossal_core.ops import experts as reference
 from colossal_kernels.builds import Build
+from colossal_kernels.fitting import kernels_take
 from colossal_kernels.library import define, differentiate
 
 MOST_EXPERTS = 1024
@@ -27,7 +28,7 @@ TILE_ELEMENTS = 2048
 def route(logits: Tensor, top_k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
     """`colossal_core.ops.reference.route`. Keeps the logits, the weights and one float32 a row for the backward pass."""
     few = 0 < top_k <= min(logits.shape[-1], MOST_CHOICES) and logits.shape[-1] <= MOST_EXPERTS
-    if not few or logits.dim() != 2 or logits.numel() == 0 or logits.dtype == torch.float64:
+    if not few or logits.dim() != 2 or not kernels_take(logits):
         return reference.route(logits, top_k, normalize=normalize)
     weights, experts, _ = _FORWARD(logits, top_k, normalize)
     return weights, experts

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from colossal_core.ops import experts as reference
 from colossal_kernels.builds import Build
+from colossal_kernels.fitting import kernels_take
 from colossal_kernels.library import define, differentiate
 
 MOST_CHOICES = 32
@@ -37,7 +38,7 @@ def expert_permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 def expert_unpermute(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
     """`colossal_core.ops.reference.expert_unpermute`. Keeps y only if there are weights."""
-    if not _fits(y, order, inverse) or (weights is not None and weights.dtype == torch.float64):
+    if not _fits(y, order, inverse) or not kernels_take(y, weights):
         return reference.expert_unpermute(y, order, inverse, weights)
     x: Tensor = _UNPERMUTE(y, order, inverse, weights)
     return x
@@ -45,8 +46,9 @@ def expert_unpermute(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor 
 
 def _fits(rows: Tensor, order: Tensor, inverse: Tensor) -> bool:
     integers = order.dtype == torch.int32 and inverse.dtype == torch.int32 and inverse.dim() == 2
-    some = rows.numel() > 0 and order.numel() > 0 and inverse.numel() > 0
-    return integers and some and rows.dtype != torch.float64 and inverse.shape[1] <= MOST_CHOICES
+    some = order.numel() > 0 and inverse.numel() > 0 and order.is_contiguous()
+    assert len(rows) in (len(inverse), len(order)), (rows.shape, order.shape, inverse.shape)
+    return integers and some and kernels_take(rows) and inverse.shape[1] <= MOST_CHOICES
 
 
 @triton.jit

@@ -19,6 +19,8 @@ from colossal_kernels.library import define
 ROWS, COLUMNS = 8, 256
 """Of a tile: 16 bytes of gate and of up for each thread, twice."""
 WARPS = 4
+FEWEST_COLUMNS = 32 * WARPS // ROWS
+"""So that every thread has its own element: one that shares another's would read its gradient when h is there already."""
 
 
 def weighted_swiglu(packed: Tensor, weights: Tensor, order: Tensor) -> Tensor:
@@ -87,10 +89,15 @@ def _backward_kernel(
     tl.store(grad_weights + choice_R, tl.sum(products_RC, axis=1), mask=choice_R >= 0)
 
 
+def _columns(hidden: int) -> int:
+    columns: int = max(FEWEST_COLUMNS, min(COLUMNS, triton.next_power_of_2(hidden)))
+    return columns
+
+
 def _forward(packed: Tensor, weights: Tensor, order: Tensor) -> Tensor:
     h = _forward_fake(packed, weights, order)
     _forward_kernel[(triton.cdiv(len(packed), ROWS),)](
-        packed, weights, order, h, len(packed), h.shape[1], ROWS, min(COLUMNS, triton.next_power_of_2(h.shape[1])),
+        packed, weights, order, h, len(packed), h.shape[1], ROWS, _columns(h.shape[1]),
         num_warps=WARPS,
     )  # fmt: skip
     return h
@@ -101,7 +108,7 @@ def _backward(grad_h: Tensor, packed: Tensor, weights: Tensor, order: Tensor) ->
     hidden = grad_h.shape[1]
     _backward_kernel[(triton.cdiv(len(packed), ROWS),)](
         grad_h, packed, weights, order, grad_packed, grad_weights.zero_(), len(packed), hidden,
-        ROWS, min(COLUMNS, triton.next_power_of_2(hidden)), num_warps=WARPS,
+        ROWS, _columns(hidden), num_warps=WARPS,
     )  # fmt: skip
     return grad_packed, grad_weights
 

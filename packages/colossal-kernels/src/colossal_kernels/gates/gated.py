@@ -33,11 +33,15 @@ TILE = 2048
 
 
 def forward_config(num_columns: int) -> GateConfig:
-    """Tiles that waste few columns of a width that is no power of two (14336, 768), each number of a row by itself."""
+    """Tiles that waste few columns of a width that is no power of two (14336, 768), each number of a row by itself.
+
+    None is smaller than a program has threads, backward too: a second thread for a number would read it again where another has already
+    put its gradient, and the weights' gradient sums over both.
+    """
     columns = min(triton.next_power_of_2(num_columns), 2048)
     while columns > 128 and (-num_columns) % columns > num_columns // 16:
         columns //= 2
-    return GateConfig(max(TILE // max(columns, 64), 1), columns, 4)
+    return GateConfig(max(TILE // max(columns, 8), 1), columns, 4)
 
 
 def backward_config(num_columns: int) -> GateConfig:

@@ -78,11 +78,7 @@ def launch_backward(grad_y: Tensor, sides: Sides, weights: Tensor | None, grads:
         grad_y, layout = grad_y.contiguous(), RowLayout(1, 1, sides.columns, 0, 0)
     else:
         grad_y, layout = with_rows(grad_y)
-    grad_weights = (
-        grad_y.new_empty(0)
-        if weights is None
-        else torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
-    )
+    grad_weights = like_weights(grad_y, weights)
     tiles = 1 if weights is not None else triton.cdiv(sides.columns, config.columns)
     backward_kernel[(triton.cdiv(sides.rows, config.rows) * tiles,)](
         grad_y, sides.gate, sides.up, _rows_of(weights), grads.gate, grads.up, grad_weights, sides.rows, sides.columns,
@@ -90,6 +86,13 @@ def launch_backward(grad_y: Tensor, sides: Sides, weights: Tensor | None, grads:
         ROWS=config.rows, COLUMNS=config.columns, num_warps=config.warps,
     )  # fmt: skip
     return grad_weights
+
+
+def like_weights(grad_y: Tensor, weights: Tensor | None) -> Tensor:
+    """Memory for the gradient of the weights, contiguous; of no elements where there are none."""
+    if weights is None:
+        return grad_y.new_empty(0)
+    return torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
 
 
 def _rows_of(weights: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from colossal_core.ops.swiglu import Approximation
 from colossal_kernels.builds import Build
 from colossal_kernels.fitting import changeable, kernels_take
 from colossal_kernels.gates.builds import gate_builds
-from colossal_kernels.gates.launches import Gate, launch_backward, launch_forward, packed_sides
+from colossal_kernels.gates.launches import Gate, launch_backward, launch_forward, like_weights, packed_sides
 from colossal_kernels.library import define, differentiate
 
 
@@ -114,7 +114,7 @@ def _backward_fake(
     limit: float | None,
     shift: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate_up, memory_format=torch.contiguous_format), _like_weights(grad_y, weights)
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format), like_weights(grad_y, weights)
 
 
 def _backward_in_place(
@@ -144,13 +144,7 @@ def _backward_in_place_fake(
     limit: float | None,
     shift: float,
 ) -> Tensor:
-    return _like_weights(grad_y, weights)
-
-
-def _like_weights(grad_y: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return grad_y.new_empty(0)
-    return torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    return like_weights(grad_y, weights)
 
 
 _HOW = "Tensor? weights, str kind, bool interleaved, float alpha, float? limit, float shift"

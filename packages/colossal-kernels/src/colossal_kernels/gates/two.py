@@ -16,7 +16,7 @@ from colossal_core.ops.swiglu import Approximation
 from colossal_kernels.builds import Build
 from colossal_kernels.fitting import changeable, kernels_take
 from colossal_kernels.gates.builds import gate_builds
-from colossal_kernels.gates.launches import Gate, launch_backward, launch_forward, two_sides
+from colossal_kernels.gates.launches import Gate, launch_backward, launch_forward, like_weights, two_sides
 from colossal_kernels.library import define, differentiate
 
 
@@ -74,7 +74,7 @@ def _backward_fake(
     grad_y: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_gate, grad_up = (torch.empty_like(side, memory_format=torch.contiguous_format) for side in (gate, up))
-    return grad_gate, grad_up, _like_weights(grad_y, weights)
+    return grad_gate, grad_up, like_weights(grad_y, weights)
 
 
 def _backward_in_place(grad_y: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None, kind: str) -> Tensor:
@@ -87,13 +87,7 @@ def _backward_in_place(grad_y: Tensor, gate: Tensor, up: Tensor, weights: Tensor
 
 
 def _backward_in_place_fake(grad_y: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None, kind: str) -> Tensor:
-    return _like_weights(grad_y, weights)
-
-
-def _like_weights(grad_y: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return grad_y.new_empty(0)
-    return torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    return like_weights(grad_y, weights)
 
 
 _GATED = define(

@@ -26,14 +26,13 @@ from colossal_core.ops.cross_entropy import LossTerms
 from colossal_core.ops.linear_cross_entropy import LOGITS_BYTES, most_rows
 from colossal_kernels.builds import Build
 from colossal_kernels.library import define, differentiate
-from colossal_kernels.losses.rows import (
+from colossal_kernels.losses.in_place import (
     IN_PLACE_BLOCK,
-    MULTIPROCESSORS,
     WHOLE_BLOCK,
     in_place_builds,
-    losses,
     write_losses_and_gradients,
 )
+from colossal_kernels.losses.rows import MULTIPROCESSORS, losses
 
 MOST_NARROW_SUMS = 12
 """Chunks whose products are added to a weight's gradient in its own dtype."""
@@ -145,7 +144,8 @@ def _gradients_to_be(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of hidden, weight and bias; empty where nobody asks for it. most: rows of a chunk, which are at least half of it."""
     none = hidden.new_empty(0)
-    wide = weight.dtype if 2 * len(hidden) <= MOST_NARROW_SUMS * most else torch.float32
+    narrow = 2 * len(hidden) <= MOST_NARROW_SUMS * most and weight.dtype != torch.float16  # whose sums would pass 65504
+    wide = weight.dtype if narrow else torch.float32
     return (
         hidden.new_empty(hidden.shape) if needs[0] else none,
         weight.new_empty(weight.shape, dtype=wide) if needs[1] else none.clone(),
@@ -196,9 +196,10 @@ def _gradients(ctx: Any, grad_total: Tensor | None, *rest: None) -> tuple[Tensor
     nothing = (None,) * 6
     if grad_total is None:
         return None, None, None, *nothing
+    # Of one dimension: a number of none would be rounded to the gradients' dtype before it is multiplied.
+    factor = grad_total.reshape(1)
     hidden, weight, bias = (
-        gradient.mul_(grad_total) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        gradient.mul_(factor) if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     of_weight, of_bias = ctx.dtypes
     return (

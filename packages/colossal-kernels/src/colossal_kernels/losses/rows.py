@@ -1,5 +1,5 @@
-"""The kernels of all losses over a vocabulary. Of each row of logits: statistics by one read (online maximum and sum, Milakov and
-Gimelshein 2018, algorithm 3), and its gradient by one read and one write; or all of it in place, for logits that only the gradient needs.
+"""The kernels of losses over a vocabulary whose logits are kept. Of each row: statistics by one read (online maximum and sum, Milakov and
+Gimelshein 2018, algorithm 3), and its gradient by one read and one write.
 
 Legend: N rows, V columns, S parts of a row that different programs read, B columns at a time. Rows may be any distance apart, in 64 bits.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from colossal_core.ops.cross_entropy import LossTerms
 from colossal_core.ops.vocabulary import Words
 from colossal_kernels.builds import Build
+from colossal_kernels.losses.formulas import LARGEST, gradient_of_block, grown, logarithm, loss_of_row
 
 MULTIPROCESSORS = 132
 """Of an H200. Fixed, so that sums are taken in the same order on every GPU."""
@@ -25,22 +26,8 @@ READ_PROGRAMS = 4 * MULTIPROCESSORS
 """With fewer rows than half of this, several programs share a row."""
 WRITE_BLOCK, WRITE_WARPS, WRITE_BLOCKS = 4096, 8, 4
 """Gradient: columns at a time, warps, and how many times a program does it."""
-IN_PLACE_BLOCK, IN_PLACE_WARPS, IN_PLACE_STAGES = 8192, 16, 3
-"""Both in one program, of which a multiprocessor holds one: 132 rows of 128256 words in bfloat16 are 34 MB, so that the second read may
-come from the cache of 50 MB."""
-WHOLE_BLOCK = 32768
-"""The longest row that a program keeps in registers, and reads once."""
 MERGE_ROWS = 128
 """Rows of a program that joins parts."""
-LARGEST = tl.constexpr(3.4028234663852886e38)
-"""The largest finite float32: a running maximum stays within it, so that no infinity is taken off another."""
-
-
-@triton.jit
-def _grown(largest, sums_B, x_B):
-    """Maximum and sums of exponentials with another block: one exponential an element, sums apart for each place of the block."""
-    grown = tl.minimum(tl.maximum(largest, tl.max(x_B, axis=0)), LARGEST)
-    return grown, sums_B * tl.exp(largest - grown) + tl.exp(x_B - grown)
 
 
 @triton.jit
@@ -64,7 +51,7 @@ def _statistics_kernel(
     for column in tl.range(start, stop, BLOCK, num_stages=STAGES):
         inside = column + columns < stop
         x_B = tl.load(x + column + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        largest, sums_B = _grown(largest, sums_B, x_B)
+        largest, sums_B = grown(largest, sums_B, x_B)
         if SUM:
             total_B += tl.where(inside, x_B, 0.0)
     place = label - first
@@ -109,8 +96,8 @@ def _merge_kernel(
     label_R = tl.load(labels + row_R, mask=inside, other=0).to(tl.int64)
     counts = inside & (label_R != ignore_index)
     if LOSS:
-        lse_R = tl.where(counts, _logarithm(sum_R) + largest_R, 0.0)
-        loss_R = _loss(lse_R, chosen_R, total_R, num_words, z_loss, smoothing, SUM, Z)
+        lse_R = tl.where(counts, logarithm(sum_R) + largest_R, 0.0)
+        loss_R = loss_of_row(lse_R, chosen_R, total_R, num_words, z_loss, smoothing, SUM, Z)
         # A label that is no word has no logit, and must not pass for one of zero.
         loss_R = tl.where((label_R >= 0) & (label_R < num_words), loss_R, float("nan"))
         tl.store(lse + row_R, lse_R, mask=inside)
@@ -126,32 +113,6 @@ def _merge_kernel(
         tl.store(target, chosen_R, mask=inside)
         if SUM:
             tl.store(target + num_rows, total_R, mask=inside)
-
-
-@triton.jit
-def _logarithm(x):
-    """Minus infinity of zero, without asking for the logarithm of zero, of which the interpreter warns."""
-    return tl.where(x == 0.0, float("-inf"), tl.log(tl.where(x == 0.0, 1.0, x)))
-
-
-@triton.jit
-def _loss(lse, chosen, total, num_words, z_loss, smoothing, SUM: tl.constexpr, Z: tl.constexpr):
-    found = lse - chosen
-    if SUM:
-        found += smoothing * (chosen - total / num_words)
-    if Z:
-        found += z_loss * lse * lse
-    return found
-
-
-@triton.jit
-def _gradient(x_B, columns, lse, place, z_loss, smoothing, num_words, Z: tl.constexpr):
-    """Of one row's loss to a block of its logits. place: the label's column."""
-    found_B = tl.exp(x_B - lse)
-    if Z:
-        found_B *= 1.0 + 2.0 * z_loss * lse
-    found_B -= smoothing / num_words
-    return tl.where(columns == place, found_B - (1.0 - smoothing), found_B)
 
 
 @triton.jit
@@ -175,7 +136,7 @@ def _gradient_kernel(
         for _ in tl.static_range(BLOCKS):
             inside = columns < num_columns
             x_B = tl.load(x + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            found_B = _gradient(x_B, columns, lse_of_row, place, z_loss, smoothing, num_words, Z) * factor
+            found_B = gradient_of_block(x_B, columns, lse_of_row, place, z_loss, smoothing, num_words, Z) * factor
             found_B = tl.where(columns < own_columns, found_B, 0.0)
             tl.store(out + columns, found_B.to(gradient.dtype.element_ty), mask=inside)
             columns += BLOCK
@@ -184,56 +145,6 @@ def _gradient_kernel(
         for _ in tl.static_range(BLOCKS):
             tl.store(out + columns, nothing_B, mask=columns < num_columns)
             columns += BLOCK
-
-
-@triton.jit
-def _in_place_kernel(
-    logits, labels, losses, row_stride, num_columns, ignore_index, z_loss, smoothing,
-    WHOLE: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The loss of each row, and its gradient over its logits. WHOLE: the row fits into a block and is read once."""
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels + row).to(tl.int64)
-    x = logits + row * row_stride
-    columns = tl.arange(0, BLOCK)
-    if label != ignore_index:
-        is_word = (label >= 0) & (label < num_columns)
-        chosen = tl.load(x + tl.where(is_word, label, 0)).to(tl.float32)
-        chosen = tl.where(is_word, chosen, float("nan"))
-        largest = tl.full((), -LARGEST, tl.float32)
-        sums_B = tl.zeros((BLOCK,), tl.float32)
-        total_B = tl.zeros((BLOCK,), tl.float32)
-        if WHOLE:
-            inside = columns < num_columns
-            x_B = tl.load(x + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            largest, sums_B = _grown(largest, sums_B, x_B)
-            if SUM:
-                total_B += tl.where(inside, x_B, 0.0)
-        else:
-            for column in tl.range(0, num_columns, BLOCK, num_stages=STAGES):
-                inside = column + columns < num_columns
-                x_B = tl.load(x + column + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                largest, sums_B = _grown(largest, sums_B, x_B)
-                if SUM:
-                    total_B += tl.where(inside, x_B, 0.0)
-        lse = _logarithm(tl.sum(sums_B, axis=0)) + largest
-        tl.store(losses + row, _loss(lse, chosen, tl.sum(total_B, axis=0), num_columns, z_loss, smoothing, SUM, Z))
-        # The label's logit has been read before any of the row is written over.
-        tl.debug_barrier()
-        if WHOLE:
-            found_B = _gradient(x_B, columns, lse, label, z_loss, smoothing, num_columns, Z)
-            tl.store(x + columns, found_B.to(logits.dtype.element_ty), mask=inside)
-        else:
-            for column in tl.range(0, num_columns, BLOCK, num_stages=STAGES):
-                inside = column + columns < num_columns
-                x_B = tl.load(x + column + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                found_B = _gradient(x_B, column + columns, lse, label, z_loss, smoothing, num_columns, Z)
-                tl.store(x + column + columns, found_B.to(logits.dtype.element_ty), mask=inside)
-    else:
-        tl.store(losses + row, 0.0)
-        nothing_B = tl.zeros((BLOCK,), tl.float32).to(logits.dtype.element_ty)
-        for column in range(0, num_columns, BLOCK):
-            tl.store(x + column + columns, nothing_B, mask=column + columns < num_columns)
 
 
 def parts_of_a_row(num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -294,21 +205,6 @@ def write_gradient(
     )  # fmt: skip
 
 
-def write_losses_and_gradients(logits: Tensor, labels: Tensor, terms: LossTerms, found: Tensor) -> None:
-    """Losses [N] into `found`, float32, and the gradient of their sum over the logits; at least one row."""
-    num_rows, num_columns = logits.shape
-    whole = num_columns <= WHOLE_BLOCK
-    block = triton.next_power_of_2(num_columns) if whole else IN_PLACE_BLOCK
-    _in_place_kernel[(num_rows,)](
-        logits, labels, found, logits.stride(0), num_columns, terms.ignore_index, terms.z_loss, terms.smoothing,
-        whole, terms.smoothing != 0.0, terms.z_loss != 0.0, block, IN_PLACE_STAGES, num_warps=in_place_warps(block, whole=whole),
-    )  # fmt: skip
-
-
-def in_place_warps(block: int, *, whole: bool) -> int:
-    return min(max(block // 1024, 1), 32) if whole else IN_PLACE_WARPS
-
-
 def row_builds(dtype: str) -> tuple[Build, ...]:
     """Statistics and gradients as a Llama's vocabulary launches them, with every term and without."""
     sizes = {"num_rows": "i32", "num_columns": "i32", "num_parts": "i32", "row_stride": "i32", "first": "i32"}
@@ -328,15 +224,4 @@ def row_builds(dtype: str) -> tuple[Build, ...]:
         build("loss statistics, smoothing", _statistics_kernel, READ_WARPS, SUM=True, **read),
         build("loss merge", _merge_kernel, 4, LOSS=True, SUM=True, Z=True, BLOCK=MERGE_ROWS),
         build("loss gradient", _gradient_kernel, WRITE_WARPS, Z=True, BLOCK=WRITE_BLOCK, BLOCKS=WRITE_BLOCKS),
-    )
-
-
-def in_place_builds(dtype: str, block: int, *, whole: bool) -> tuple[Build, ...]:
-    types = {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "row_stride": "i32", "num_columns": "i32"}
-    types |= {"ignore_index": "i32", "z_loss": "fp32", "smoothing": "fp32"}
-    constants = {"WHOLE": whole, "SUM": True, "Z": True, "BLOCK": block, "STAGES": IN_PLACE_STAGES}
-    name = f"loss in place {dtype} {block}" + (" whole" if whole else "")
-    aligned = ("row_stride", "num_columns")
-    return (
-        Build(name, _in_place_kernel, types, constants, in_place_warps(block, whole=whole), IN_PLACE_STAGES, aligned),
     )

@@ -35,27 +35,31 @@ def vocabulary_gradient(
     *,
     overwrite: bool = False,
 ) -> Tensor:
-    """`colossal_core.ops.reference.vocabulary_gradient`. Rows may be any distance apart; other layouts are copied, and then nothing is
-    overwritten.
+    """`colossal_core.ops.reference.vocabulary_gradient`. Rows may be any distance apart; other layouts are copied, and then, or where rows
+    overlap, nothing is overwritten.
     """
     if logits.dtype == torch.float64 or lse.dtype != torch.float32 or logits.numel() == 0:
         return reference.vocabulary_gradient(scale, logits, labels, lse, words, terms, overwrite=overwrite)
-    given = (scale.detach(), logits.detach(), labels.contiguous(), lse.detach().contiguous())
+    given = (scale, logits, labels.contiguous(), lse.detach().contiguous())
     return gradient(*given, words, terms, overwrite=overwrite)
 
 
 def gradient(
     scale: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, words: Words, terms: LossTerms, *, overwrite: bool
 ) -> Tensor:
-    """`vocabulary_gradient` of at least one row, whose layouts are right but for the columns'."""
-    if logits.stride(-1) != 1:
+    """`vocabulary_gradient` of at least one row, whose layouts are right but for the logits'. Not differentiable."""
+    scale, logits = scale.detach(), logits.detach()
+    num_rows, num_columns = logits.shape
+    if logits.stride(-1) != 1 and num_columns != 1:
         return gradient(scale, logits.contiguous(), labels, lse, words, terms, overwrite=True)
-    if overwrite and not torch.compiler.is_compiling():
-        whole = logits.detach()
-        _OVERWRITE(scale, whole, labels, lse, *_numbers(words, terms))
+    overlap = (
+        num_rows > 1 and logits.stride(0) < num_columns
+    )  # as `expand` makes them: a row that is written is another's too
+    if overwrite and not overlap and not torch.compiler.is_compiling():
+        _OVERWRITE(scale, logits, labels, lse, *_numbers(words, terms))
         # torch counts no version for operators of its library, and a second backward pass must fail.
-        torch.autograd.graph.increment_version(whole)
-        return whole
+        torch.autograd.graph.increment_version(logits)
+        return logits
     found: Tensor = _GRADIENT(scale, logits, labels, lse, *_numbers(words, terms))
     return found
 

@@ -17,6 +17,7 @@ from colossal_core.ops import low_precision as reference
 from colossal_core.ops.low_precision import SMALLEST
 from colossal_core.rounding import BLOCK
 from colossal_kernels.builds import Build
+from colossal_kernels.fitting import kernels_take
 from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
 from colossal_kernels.low_precision.fp8_codes import fp8_codes
@@ -29,7 +30,7 @@ _FORMATS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 def quantize_blocks(x: Tensor, *, block: int = BLOCK, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """`colossal_core.ops.reference.quantize_blocks`, the same bits."""
-    if x.numel() == 0 or x.dtype == torch.float64 or dtype not in _FORMATS or block > MOST_BLOCK:
+    if dtype not in _FORMATS or block > MOST_BLOCK or not kernels_take(x):
         return reference.quantize_blocks(x, block=block, dtype=dtype)
     codes, scales = _QUANTIZE(x.detach(), block, dtype)
     return codes, scales
@@ -39,8 +40,8 @@ def dequantize_blocks_sum(
     codes: Tensor, scales: Tensor, *, block: int = BLOCK, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`colossal_core.ops.reference.dequantize_blocks_sum`, the same bits."""
-    wide = torch.float64 in (scales.dtype, dtype)
-    if codes.numel() == 0 or wide or codes.dtype not in _FORMATS or block > MOST_BLOCK:
+    fitting = len(codes) == len(scales) and scales.shape[1] == -(-codes.shape[1] // block) and codes.dtype in _FORMATS
+    if not fitting or dtype == torch.float64 or block > MOST_BLOCK or not kernels_take(scales):
         return reference.dequantize_blocks_sum(codes, scales, block=block, dtype=dtype)
     total: Tensor = _SUM(codes.detach(), scales.detach(), block, dtype)
     return total

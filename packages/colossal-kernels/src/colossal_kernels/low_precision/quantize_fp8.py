@@ -16,6 +16,7 @@ from torch import Tensor
 from colossal_core.ops import low_precision as reference
 from colossal_core.ops.low_precision import SIDE, SMALLEST, Granularity
 from colossal_kernels.builds import Build
+from colossal_kernels.fitting import has_fp8, kernels_take
 from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
 from colossal_kernels.low_precision.fp8_codes import finite_magnitudes, scaled_codes
@@ -41,7 +42,7 @@ def quantize_fp8(
     transposed: bool = False,
 ) -> tuple[Tensor, ...]:
     """`colossal_core.ops.reference.quantize_fp8`."""
-    if x.dim() != 2 or x.numel() == 0 or x.dtype == torch.float64 or dtype not in _FORMATS:
+    if x.dim() != 2 or dtype not in _FORMATS or not (kernels_take(x) and has_fp8(x)):
         return reference.quantize_fp8(x, granularity, dtype=dtype, transposed=transposed)
     kind = Granularity(granularity)
     codes, scales, *others = _QUANTIZE(x.detach(), kind.value, dtype, transposed)

@@ -16,7 +16,7 @@ from colossal_core.ops import low_precision as reference
 from colossal_core.ops.low_precision import Granularity, Recipe
 
 ALIGNED = 16
-"""Both contracted and outer sizes must be multiples of this."""
+"""Both contracted and outer sizes must be multiples of this, and so must be the byte at which a matrix starts."""
 
 
 def scaled_matmul(
@@ -32,7 +32,7 @@ def scaled_matmul(
     usual in forward passes; a gradient in e5m2 is not.
     """
     recipe = Recipe(recipe)
-    if not _fits(a, scale_a, b, recipe, dtype):
+    if not _fits(a, scale_a, b, scale_b, recipe, dtype):
         return reference.scaled_matmul(a, scale_a, b, scale_b, recipe, dtype=dtype)
     left, right = recipe.granularities()
     fast = a.dtype == b.dtype == torch.float8_e4m3fn and left in (Granularity.TENSOR, Granularity.ROW)
@@ -48,8 +48,8 @@ def scaled_matmul(
     )
 
 
-def _fits(a: Tensor, scale_a: Tensor, b: Tensor, recipe: Recipe, dtype: torch.dtype) -> bool:
-    if a.device.type != "cuda" or torch.version.hip is not None or scale_a.dtype != torch.float32:
+def _fits(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, recipe: Recipe, dtype: torch.dtype) -> bool:
+    if a.device.type != "cuda" or torch.version.hip is not None or {scale_a.dtype, scale_b.dtype} != {torch.float32}:
         return False
     formats = {a.dtype, b.dtype} <= {torch.float8_e4m3fn, torch.float8_e5m2} and torch.float8_e4m3fn in (
         a.dtype,
@@ -60,7 +60,8 @@ def _fits(a: Tensor, scale_a: Tensor, b: Tensor, recipe: Recipe, dtype: torch.dt
     blocks = recipe in (Recipe.BLOCK_TILE, Recipe.BLOCK_BLOCK)
     able = capability[0] == 9 if blocks else capability >= (8, 9)
     narrow = dtype == torch.bfloat16 or (recipe == Recipe.TENSOR and dtype in (torch.float16, torch.float32))
-    return formats and aligned and able and narrow and a.is_contiguous() and b.is_contiguous()
+    dense = all(codes.is_contiguous() and codes.storage_offset() % ALIGNED == 0 for codes in (a, b))
+    return formats and aligned and able and narrow and dense
 
 
 def _scaling(granularity: Granularity) -> Any:

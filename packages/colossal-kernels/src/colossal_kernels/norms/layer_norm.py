@@ -13,7 +13,7 @@ from torch import Tensor
 
 from colossal_core.ops import norms as reference
 from colossal_kernels.builds import Build
-from colossal_kernels.fitting import kernels_take
+from colossal_kernels.fitting import have_one_a_feature, kernels_take
 from colossal_kernels.library import define, differentiate
 from colossal_kernels.norms.backward import launch_backward
 from colossal_kernels.norms.builds import norm_builds
@@ -23,7 +23,7 @@ from colossal_kernels.row_layout import num_rows
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, offset: float = 0.0) -> Tensor:
     """`colossal_core.ops.reference.layer_norm`, computed in float32 throughout and rounded once."""
-    if not kernels_take(x, weight, bias):
+    if not (kernels_take(x, weight, bias) and have_one_a_feature(x, weight, bias)):
         return reference.layer_norm(x, weight, bias, eps, offset=offset)
     y: Tensor = _LAYER_NORM(x, weight, bias, eps, offset)[0]
     return y
@@ -33,7 +33,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`colossal_core.ops.reference.add_layer_norm` in one pass; backward adds the gradient that arrives at the sum in its only pass."""
-    if not kernels_take(x, residual, weight, bias) or (x.shape, x.dtype) != (residual.shape, residual.dtype):
+    alike = (x.shape, x.dtype) == (residual.shape, residual.dtype)
+    if not (alike and kernels_take(x, residual, weight, bias) and have_one_a_feature(x, weight, bias)):
         return reference.add_layer_norm(x, residual, weight, bias, eps, offset=offset)
     y, total, _, _ = _ADD_LAYER_NORM(x, residual, weight, bias, eps, offset)
     return y, total

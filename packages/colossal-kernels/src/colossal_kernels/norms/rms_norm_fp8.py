@@ -13,7 +13,7 @@ from torch import Tensor
 
 from colossal_core.ops import norms as reference
 from colossal_kernels.builds import Build
-from colossal_kernels.fitting import kernels_take
+from colossal_kernels.fitting import has_fp8, have_one_a_feature, kernels_take
 from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
 from colossal_kernels.norms.config import forward_config
@@ -22,7 +22,7 @@ from colossal_kernels.row_layout import num_rows, row_starts, with_rows
 
 def rms_norm_fp8(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """`colossal_core.ops.reference.rms_norm_fp8`: (y in e4m3, scale [..., 1] float32), no gradient."""
-    if not kernels_take(x, weight) or not _held(x):
+    if not (kernels_take(x, weight) and has_fp8(x) and have_one_a_feature(x, weight) and _held(x)):
         return reference.rms_norm_fp8(x, weight, eps, offset=offset)
     with torch.no_grad():
         y, scale = _RMS_NORM_FP8(x, weight, eps, offset)
@@ -59,7 +59,7 @@ def _kernel(
     if HAS_WEIGHT:
         weight_D = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
         y_RD = y_RD * (weight_D + offset)[None, :]
-    scale_R = tl.max(tl.abs(y_RD), axis=1) / 448.0
+    scale_R = tl.div_rn(tl.max(tl.abs(y_RD), axis=1), tl.full((ROWS,), 448.0, tl.float32))
     scale_R = tl.where(scale_R == 0.0, 1.0, scale_R)
     tl.store(scale + rows, scale_R, mask=rows < num_rows)
     quotient_RD = tl.div_rn(y_RD, tl.broadcast_to(scale_R[:, None], (ROWS, BLOCK)))

@@ -9,6 +9,7 @@ everything in bf16 and no copy. The tables add 4 bytes a program.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -210,7 +211,7 @@ def step_all(
         if param.numel():
             groups.setdefault(tuple([_kind(kept) for kept in lists.item(index)]), []).append(index)
     left: list[int] = []
-    for kinds, indices in groups.items():
+    for number, (kinds, indices) in enumerate(groups.items()):
         if not _are_taken(kinds, seed):
             left += indices
             continue
@@ -219,7 +220,11 @@ def step_all(
         placed = [None if scalar is None else scalar.to(device) for scalar in scalars]
         stored = [[_stored(kept) for kept in moment] for moment in some.moments]
         scales = [[kept.scales for kept in moment if isinstance(kept, Coded)] for moment in some.moments]
-        operator(list(some.params), list(some.grads), *stored, *scales, list(some.copies or ()), *placed, numbers, seed)
+        copies = list(some.copies or ())
+        own_seed = None if seed is None else seed + number  # each launch counts its blocks from 0
+        operator(list(some.params), list(some.grads), *stored, *scales, copies, *placed, numbers, own_seed)
+        # An operator of one's own does not count as a change by itself: who saved these for a backward pass is told, as by torch's own.
+        torch.autograd.graph.increment_version([*some.params, *chain(*stored, *scales), *copies])
     if left:
         reference(lists.where(sorted(left)))
 

@@ -128,7 +128,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return ctx.alpha * (grad @ b.mT), ctx.alpha * (a.mT @ grad), grad_c, None, None
 
 
-differentiate("symmetric_product", _gradients, _save)
+differentiate("symmetric_product", _gradients, _save, twice=True)
 
 
 def builds() -> tuple[Build, ...]:

@@ -41,15 +41,19 @@ def _rows(
         is_aligned = int(not any(pointer % ALIGNMENT_BYTES for pointer in own))
         row = [numel, start, is_aligned, *own]
         rows.append(row + [0] * (NUM_COLUMNS - len(row)))
-    return _sent(torch.tensor(rows, dtype=torch.int64), device)
+    return _sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # 4 bytes a program: 131 KB for 2^25 elements
 def _owners(numels: tuple[int, ...], block: int, device: torch.device, stream: int) -> torch.Tensor:
     del stream
-    programs = torch.tensor([-(-numel // block) for numel in numels])
-    return _sent(torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), programs), device)
+    programs = torch.tensor([-(-numel // block) for numel in numels], device="cpu")
+    owners = torch.arange(len(numels), dtype=torch.int32, device="cpu")
+    return _sent(torch.repeat_interleave(owners, programs), device)
 
 
 def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    if device.type != "cuda":
+        return table
+    assert not torch.cuda.is_current_stream_capturing(), "a CUDA graph would keep the addresses of this step"
+    return table.pin_memory().to(device, non_blocking=True)

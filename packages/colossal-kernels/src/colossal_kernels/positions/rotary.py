@@ -2,7 +2,8 @@
 
 Per pair `(a, b) -> (a cos - b sin, b cos + a sin)`; backward is the rotation by the negative angle. Bytes: queries and keys once in and
 once out, backward the same for their gradients; a program's tokens have their angles in the cache. Any layout with neighbouring features is
-taken by its strides, and the results have that of the arguments. Legend: H heads of a tile, P pairs.
+taken by its strides, and the results have that of the arguments; others are copied first. Legend: H heads of
+a tile, P pairs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def rotary(
     if not _fits(q, k, cos, sin, pairs):
         return reference.rotary(q, k, cos, sin, interleaved=interleaved, angles=angles, to_halves=to_halves)
     step = 2 if angles == "neighbours" else 1
-    if overwrite and not to_halves and changeable(q) and changeable(k):
+    if overwrite and not to_halves and changeable(q) and changeable(k) and q.data_ptr() != k.data_ptr():
         return cast("tuple[Tensor, Tensor]", _Overwriting.apply(q, k, cos, sin, pairs, step, interleaved))
     to_neighbours = interleaved and not to_halves
     return cast("tuple[Tensor, Tensor]", _ROTARY(q, k, cos, sin, pairs, step, interleaved, to_neighbours, False))
@@ -56,7 +57,7 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> bool:
     if angled or q.dtype != k.dtype or not kernels_take(q, k, cos, sin):
         return False
     shapes = cos.shape[:2] in ((1, q.shape[2]), (q.shape[0], q.shape[2])) and cos.shape == sin.shape
-    return shapes and 2 * pairs <= q.shape[-1] == k.shape[-1] and q.shape[::2] == k.shape[::2]
+    return shapes and 0 < 2 * pairs <= q.shape[-1] == k.shape[-1] and q.shape[::2] == k.shape[::2]
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def _rotary(
     to_neighbours: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_out, k_out = _dense_like(q), _dense_like(k)
     _launch(
         q, k, q_out, k_out, cos, sin, pairs, {"STEP": step, "IN": neighbours, "OUT": to_neighbours, "INVERSE": inverse}
     )
@@ -168,7 +169,13 @@ def _rotary_fake(
     to_neighbours: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k)
+    return _dense_like(q), _dense_like(k)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """In x's order where that leaves features neighbours, as the kernel stores them."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rotary_in_place(
@@ -220,7 +227,7 @@ def _both(grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Tensor, Tensor]
     return (nothing if grad_q is None else grad_q), (nothing if grad_k is None else grad_k)
 
 
-differentiate("rotary", _gradients, _save)
+differentiate("rotary", _gradients, _save, twice=True)
 
 
 class _Overwriting(torch.autograd.Function):
@@ -243,7 +250,8 @@ class _Overwriting(torch.autograd.Function):
         if not given:
             return (None,) * 7
         both = _both(grad_q, grad_k)
-        if torch.is_grad_enabled() or not all(changeable(grad) for grad in given):
+        is_one = len({grad.data_ptr() for grad in given}) < len(given)  # of `q + k`: it would be turned twice
+        if torch.is_grad_enabled() or is_one or not all(changeable(grad) for grad in given):
             pairs, step, neighbours = ctx.how
             both = _ROTARY(*both, *ctx.saved_tensors, pairs, step, neighbours, neighbours, True)
         else:

@@ -25,3 +25,12 @@ class OpCase:
 Normal = Callable[..., torch.Tensor]
 """Random numbers of a shape, in the dtype that is tried."""
 Cases = Callable[[Normal, torch.Generator], Iterator[OpCase]]
+
+
+def placed(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """The tensor on a device, with the strides that it has: `Tensor.to` would make what is not dense contiguous."""
+    if tensor.is_contiguous():
+        return tensor.to(device)
+    once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    moved = torch.empty_strided(once.shape, once.stride(), dtype=once.dtype, device=device).copy_(once)
+    return moved.expand(tensor.shape)

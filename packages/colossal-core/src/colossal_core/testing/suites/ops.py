@@ -13,6 +13,7 @@ from colossal_core.difference import EXACT, floor_for_gradients, relative_differ
 from colossal_core.ops import OpImplementation
 from colossal_core.ops.reference import reference_ops
 from colossal_core.testing.op_cases import OpCase, op_cases
+from colossal_core.testing.op_cases.case import placed
 from colossal_core.testing.suites.sealed import SealedSuite
 
 
@@ -66,7 +67,7 @@ class OpSuite(SealedSuite, suite=True):
 
 def _case(op: str, name: str, dtype: torch.dtype, device: str) -> OpCase:
     case = next(case for case in op_cases(op, dtype) if case.name == name)
-    return _mapped(case, lambda tensor: tensor.to(device))
+    return _mapped(case, lambda tensor: placed(tensor, device))
 
 
 def _widened(case: OpCase) -> OpCase:
@@ -108,6 +109,10 @@ def _results(function: Callable[..., Any], case: OpCase) -> list[torch.Tensor]:
 
 
 def _weight(output: torch.Tensor) -> torch.Tensor:
-    """Different for every element, and the same number in every dtype."""
+    """Different for every element, and the same number in every dtype; of a single number one that no narrow dtype holds, since it is a
+    factor that kernels must not round.
+    """
+    if output.dim() == 0:
+        return torch.tensor(0.7, dtype=torch.float32, device=output.device).to(output.dtype)
     steps = torch.arange(output.numel(), device=output.device) % 7 - 3
     return (steps / 4).to(output.dtype).reshape(output.shape)

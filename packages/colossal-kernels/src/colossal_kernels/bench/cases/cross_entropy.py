@@ -7,15 +7,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from colossal_kernels.bench.case import Call, Function, Knobs, OpBench, Shape, moved, times
+from colossal_kernels.bench.case import Call, Draw, Function, Knobs, OpBench, Shape, moved, times
 
 
 def _shape(rows: int, vocabulary: int, label: str = "", **terms: float) -> Shape:
     keywords: dict[str, Any] = {"overwrite": True, **terms}
+    num_bytes = (4 * Draw.counted(rows) + 2 * rows) * vocabulary
+    said = "6 bytes a logit: read, read again and the gradient written; of an ignored row the gradient alone"
     return Shape(
         f"{label}{times(rows, vocabulary)} bf16",
         lambda draw: Call((draw.normal(rows, vocabulary, scale=3.0), draw.labels(rows, vocabulary)), keywords),
-        {"both": moved(6 * rows * vocabulary, "6 bytes a logit: read, read again and the gradient written")},
+        {"both": moved(num_bytes, said)},
         restored=True,
     )
 

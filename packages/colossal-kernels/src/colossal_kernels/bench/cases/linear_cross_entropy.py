@@ -61,9 +61,9 @@ BENCH = OpBench(
         Knobs(
             ("both",),
             {
-                "losses.rows:IN_PLACE_BLOCK": (8192, 16384, 32768),
-                "losses.rows:IN_PLACE_WARPS": (8, 16, 32),
-                "losses.rows:IN_PLACE_STAGES": (2, 3),
+                "losses.in_place:IN_PLACE_BLOCK": (8192, 16384, 32768),
+                "losses.in_place:IN_PLACE_WARPS": (8, 16, 32),
+                "losses.in_place:IN_PLACE_STAGES": (2, 3),
             },
         ),
     ),

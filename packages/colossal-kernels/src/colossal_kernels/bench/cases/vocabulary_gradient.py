@@ -26,7 +26,8 @@ def _shape(rows: int, vocabulary: int, ranks: int) -> Shape:
         return Call(arguments, {"overwrite": True})
 
     label = f"{times(rows, columns)} of {vocabulary} bf16, in place"
-    least = moved(4 * rows * columns, "4 bytes a logit: read, its gradient written")
+    num_bytes = 2 * (Draw.counted(rows) + rows) * columns
+    least = moved(num_bytes, "4 bytes a logit: read, its gradient written; of an ignored row the gradient alone")
     return Shape(label, call, {"forward": least}, restored=True)
 
 
