@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ pytest.importorskip("colossal_zero")
 pytest.importorskip("colossal_tensor")
 pytest.importorskip("colossal_pipeline")
 
+from colossal_core.ops import OpImplementation
 from colossal_core.testing import EXACT, RunRecord, RunSpec, WorkerPool, compare, relative_difference, table
 from colossal_core.testing.models import TinyModel, TinyOptions, TokenBatches
+from colossal_core.testing.op_twins import twins
 from colossal_core.testing.parity import oracle_of
 from colossal_core.testing.probes import record
 
@@ -75,9 +77,6 @@ PIPELINE = tuple(name for name, way in WAYS.items() if way.pipeline)
 STAGES = ("stage 0", "stage 1", "stage 2", "stage 3", "3, `replicate: 2`", *TENSOR, *PIPELINE)
 """For what does not depend on how long parameters stay."""
 
-WHOLE_BACKWARD = tuple(name for name in STAGES if name != "pipeline 2, split")
-"""For what has no backward pass in two parts."""
-
 FEW = ("stage 1", "stage 3", "3, `replicate: 2`", "pipeline 2 x stage 1")
 """For what depends on whether masters are sharded alone."""
 
@@ -90,6 +89,7 @@ class Thing:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     options: TinyOptions = PLAIN
     num_microbatches: int = 1
+    extra_ops: Callable[[], Sequence[OpImplementation]] | None = None
     ways: tuple[str, ...] = tuple(WAYS)
 
     def spec(self, way: str) -> RunSpec:
@@ -105,7 +105,9 @@ class Thing:
                 "pipeline": dict(found.pipeline),
             },
         }
-        spec = RunSpec(config, TinyModel(self.options), TokenBatches(), num_steps=2, task="causal-lm")
+        spec = RunSpec(
+            config, TinyModel(self.options), TokenBatches(), num_steps=2, task="causal-lm", extra_ops=self.extra_ops
+        )
         return spec.with_overrides(self.overrides)
 
     def _adam_eps(self) -> Mapping[str, float]:
@@ -137,7 +139,8 @@ EXACTLY: Mapping[str, Thing] = {
     "`recompute: selective`": Thing(
         {"recompute": {"mode": "selective"}}, options=DROPOUT, num_microbatches=2, ways=STAGES
     ),
-    "`compile`": Thing(COMPILED, options=DROPOUT, num_microbatches=2, ways=WHOLE_BACKWARD),
+    "`compile`": Thing(COMPILED, options=DROPOUT, num_microbatches=2, ways=STAGES),
+    "ops in the model": Thing(num_microbatches=2, ways=STAGES, extra_ops=twins),
 }
 """Beside one process in float64."""
 
