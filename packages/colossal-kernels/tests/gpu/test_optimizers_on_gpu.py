@@ -150,4 +150,4 @@ def near(ours: torch.Tensor, library: torch.Tensor, exact: torch.Tensor) -> bool
 
 def test_the_reference_is_met_by_strides_that_no_kernel_takes() -> None:
     x = torch.randn(1, SMALLEST, 128, device="cuda").bfloat16()[:, :, ::2]
-    torch.testing.assert_close(symmetric_product(x), product_reference.symmetric_product(x), rtol=1e-2, atol=1e-1)
+    assert torch.equal(symmetric_product(x), product_reference.symmetric_product(x))
