@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from colossal_core.testing import RunSpec
+from colossal_core.testing.parity import prepare
+from colossal_pipeline.trace import Trace
 
 pytest.importorskip("colossal_zero")
 
@@ -65,3 +68,17 @@ def test_every_optimizer(run_of: Run, exact: Exact, optimizer: str) -> None:
     """Whole matrices and their norms are those of one process, where ranks hold different parameters."""
     overrides: dict[str, Any] = {"parallel.pipeline": {"size": 2}, "parallel.zero": {"stage": 1}}
     exact(run_of("gpt2", overrides, optimizer=optimizer), 4)
+
+
+@pytest.mark.parametrize(("schedule", "stage"), [("interleaved", 3), ("zbv", 1)])
+def test_a_recorded_step_has_every_action_once(
+    run_of: Run, exact: Exact, schedule: str, stage: int, tmp_path: Path
+) -> None:
+    overrides: dict[str, Any] = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule, "record_step": 2},
+        "parallel.zero": {"stage": stage},
+        "checkpoint.directory": str(tmp_path),
+    }
+    spec = run_of("llama", overrides)
+    exact(spec, 2)
+    Trace.read(tmp_path / "pipeline-step-2.json").check(prepare(spec, 2).plan.program)
