@@ -538,7 +538,7 @@ def test_a_unit_gets_no_gradients_after_its_last() -> None:
             state.begin_backward(last=True, units=units)
             state.end_backward()
 
-    with pytest.raises(AssertionError, match=r"^tokens has had its last gradients of this step$|^positions has had"):
+    with pytest.raises(AssertionError, match=r"^[\w.]+ has had its last gradients of this step"):
         run_simulated(Way(ONE_EACH, 1).mesh, run)
 
 
