@@ -17,7 +17,7 @@ tests() { # seconds, files, then options
   local seconds=$1 files=$2
   shift 2
   # shellcheck disable=SC2086 # several files
-  timeout -k 10 "$seconds" python3 -m pytest -q -m gpu -p no:cacheprovider --rootdir "$PWD" $files "$@" 2>&1 | tail -n 60
+  timeout -k 10 "$seconds" python3 -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark --rootdir "$PWD" $files "$@" 2>&1 | tail -n 60
 }
 
 bench() { # family, minutes, ops
@@ -51,7 +51,7 @@ for set in "$@"; do
       for tool in memcheck racecheck; do
         echo "-- $tool"
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 210 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
-          python3 -m pytest -q -m gpu -p no:cacheprovider --rootdir "$PWD" $GPU_TESTS/test_ops_on_gpu.py -k runs_once \
+          python3 -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark --rootdir "$PWD" $GPU_TESTS/test_ops_on_gpu.py -k runs_once \
           > "$OUT/sanitizer-$tool.log" 2>&1
         echo "status $?"
         grep -E 'ERROR SUMMARY|Invalid|hazard|passed|failed|rror' "$OUT/sanitizer-$tool.log" | tail -n 20

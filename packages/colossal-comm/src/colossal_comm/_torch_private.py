@@ -52,11 +52,11 @@ def new_named_group(
     """Makes a process group among `ranks`, in this order; only they call it. Blocks until all have.
 
     On an accelerator the communicator is connected at once (`device_id`), so that the first point-to-point exchange may involve two
-    ranks only.
+    ranks only. For tensors of the CPU it is gloo's, whatever the others are.
     """
     helper: Any = c10d._new_process_group_helper
     world: Any = c10d._world
-    backend = dist.get_backend()
+    backend = "gloo" if device.type == "cpu" else dist.get_backend()
     device_id = None if device.type == "cpu" else device
     group, _ = helper(
         len(ranks),

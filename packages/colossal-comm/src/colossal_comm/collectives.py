@@ -49,13 +49,15 @@ class RankCollectives:
         assert mesh.world_size == self.mesh.world_size, f"{mesh} is not a mesh of {self.mesh.world_size} ranks"
         return RankCollectives(mesh, self.rank, self.device, self._session)
 
-    def prepare(self, axes: Axes, use: str) -> None:
-        """Makes a communicator ahead of its first use; every rank of the group calls it. A rank of its own (`silent_rank`) makes none."""
+    def prepare(self, axes: Axes, use: str, *, device: torch.device | None = None) -> None:
+        """Makes a communicator ahead of its first use; every rank of the group calls it. A rank of its own (`silent_rank`) makes none.
+        device: of the tensors that this use will carry, where it is not this rank's own: `cpu` beside a GPU.
+        """
         if self.size(axes) == 1:
             return
         group, transport = self._group(axes, use), self._session.transport
         if transport is not None:
-            prepared(group, transport)
+            prepared(group, transport, device or self.device)
 
     def close(self, grace: timedelta = timedelta(0)) -> None:
         """As `colossal_comm.leave`."""
@@ -257,7 +259,9 @@ class RankCollectives:
         def issue() -> Handle:
             if guard is None:
                 return transport.exchange(group, staged, tag)
-            transport.prepare(group)  # making it needs both sides, and a guarded receive starts late
+            transport.prepare(
+                group, staged[0].tensor.device
+            )  # making it needs both sides, and a guarded receive starts late
             return guard.exchange(call, staged, lambda part: transport.exchange(group, part, tag))
 
         return started(call, issue, finish)

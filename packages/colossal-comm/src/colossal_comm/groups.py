@@ -71,10 +71,10 @@ class TorchTransport:
         self._closed = False
         self._failed = False
 
-    def prepare(self, group: Group) -> None:
+    def prepare(self, group: Group, device: torch.device) -> None:
         is_new = group.communicator not in self._groups
-        self._process_group(group)
-        if is_new and self._device.type != "cpu":
+        self._process_group(group, device)
+        if is_new and device.type != "cpu":
             self._link_neighbours(group)
 
     def _link_neighbours(self, group: Group) -> None:
@@ -87,14 +87,15 @@ class TorchTransport:
         halves += [Transfer("receive", torch.empty_like(sent), peer) for peer in neighbours]
         self.exchange(group, halves, "links").wait()
 
-    def _process_group(self, group: Group) -> dist.ProcessGroup:
+    def _process_group(self, group: Group, device: torch.device | None = None) -> dist.ProcessGroup:
+        """device: of the tensors; a use carries those of one device."""
         if self._closed:
             raise RuntimeError("this rank has left the group (colossal_comm.leave was called)")
         found = self._groups.get(group.communicator)
         if found is None:
             try:
                 found = _torch_private.new_named_group(
-                    group.ranks, group.index, group.name, self.store, self._timeout, self._device
+                    group.ranks, group.index, group.name, self.store, self._timeout, device or self._device
                 )
             except RuntimeError:
                 self._mark_failed()
@@ -133,7 +134,8 @@ class TorchTransport:
 
     def exchange(self, group: Group, transfers: Sequence[Transfer], tag: str) -> Handle:
         del tag
-        process_group = self._process_group(group)
+        device = transfers[0].tensor.device
+        process_group = self._process_group(group, device)
         operations = [
             dist.P2POp(
                 dist.isend if transfer.kind == "send" else dist.irecv,
@@ -145,7 +147,7 @@ class TorchTransport:
         ]
         tensors = [transfer.tensor for transfer in transfers]
         handle = WorkHandle(dist.batch_isend_irecv(operations), tensors, self._mark_failed)
-        return PolledWork(handle) if self._device.type == "cpu" else handle
+        return PolledWork(handle) if device.type == "cpu" else handle
 
     def symmetric_group(self, group: Group) -> str:
         if self._device.type != "cuda":

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from colossal_core.errors import CommunicationError
 
 if TYPE_CHECKING:
+    import torch
+
     from colossal_comm.transport import Call, Group, Transport
     from colossal_core.collectives import Handle
 
@@ -36,11 +38,11 @@ def started(call: Call, issue: Callable[[], Handle], finish: Callable[[], None] 
     return PendingCall(work, call, finish)
 
 
-def prepared(group: Group, transport: Transport) -> None:
+def prepared(group: Group, transport: Transport, device: torch.device) -> None:
     """Makes a communicator ahead of its first use."""
     began = time.monotonic()
     try:
-        transport.prepare(group)
+        transport.prepare(group, device)
     except RuntimeError as error:
         what = f"making the communicator over {', '.join(group.axes)} (use {group.use!r})"
         raise failure(what, group, time.monotonic() - began, error) from error

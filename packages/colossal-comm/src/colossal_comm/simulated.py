@@ -167,7 +167,7 @@ class SimulatedTransport:
         self._numbers: dict[tuple[tuple[int, ...], str], int] = {}
         self._boxes: dict[tuple[str, int, int], int] = {}
 
-    def prepare(self, group: Group) -> None:
+    def prepare(self, group: Group, device: torch.device) -> None:
         """Nothing to make."""
 
     def _meet(

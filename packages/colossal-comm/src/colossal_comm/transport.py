@@ -82,9 +82,9 @@ def in_words(transfers: Sequence[Transfer], group: Group) -> str:
 class Transport(Protocol):
     """Carries collectives out. Every method returns at once; the handle's `wait` raises RuntimeError when the operation failed."""
 
-    def prepare(self, group: Group) -> None:
-        """Makes the group's communicator now, and its links between neighbours. Every member calls it; otherwise the first collective makes
-        the communicator, and the first message a link.
+    def prepare(self, group: Group, device: torch.device) -> None:
+        """Makes the group's communicator for tensors on `device` now, and its links between neighbours. Every member calls it; otherwise
+        the first collective makes the communicator, and the first message a link.
         """
 
     def all_reduce(self, group: Group, tensor: torch.Tensor, op: ReduceOp) -> Handle: ...

@@ -64,9 +64,9 @@ class Collectives(Protocol):
     def close(self, grace: timedelta = timedelta(0)) -> None:
         """Leaves the group. grace: how long the rank that hosts the store waits for the others. Calling it again does nothing."""
 
-    def prepare(self, axes: Axes, use: str) -> None:
+    def prepare(self, axes: Axes, use: str, *, device: torch.device | None = None) -> None:
         """Makes the communicator of (axes, use) ahead of its first use, and the links to both neighbours in the group. Every rank of the
-        group calls it, in one order for all uses.
+        group calls it, in one order for all uses. device: of the tensors that this use will carry, where it is not the ranks' own.
 
         Needed where not all of a group take part in an exchange, and where ranks first use several communicators in different orders: to
         make one, and on NCCL a link between two ranks of it, the hosts wait for each other, so that receives posted early on both sides
@@ -195,8 +195,8 @@ class SingleProcess:
     def close(self, grace: timedelta = timedelta(0)) -> None:
         del grace
 
-    def prepare(self, axes: Axes, use: str) -> None:
-        del axes, use
+    def prepare(self, axes: Axes, use: str, *, device: torch.device | None = None) -> None:
+        del axes, use, device
 
     def size(self, axes: Axes) -> int:
         return self.mesh.size(axes)

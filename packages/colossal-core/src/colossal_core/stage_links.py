@@ -2,13 +2,16 @@
 
 Every link (an ordered pair of ranks, activations and gradients apart) has a communicator of its own, so that a message that is waited for
 holds up no other. Shapes are those of the batch, which every stage has: the first message of a new shape is led by a header of
-fixed size, and no later one. Nothing is pickled, and nothing waits for the host but that header. Between two stages of one
-rank tensors are handed over as they are.
+fixed size, and no later one. Nothing is pickled. Between two stages of one rank tensors are handed over as they are.
+
+On GPUs the first steps of a batch's shapes send through host memory. What runs for the first time makes the host wait for all that its
+GPU has begun (kernels are loaded, libraries make their handles), and a receive that has been posted is begun: two ranks that each wait so
+for a message of the other's would wait for ever. Later steps send from GPU to GPU, and nothing waits for the host.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +34,9 @@ DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     torch.float8_e4m3fn, torch.float8_e5m2,
 )  # fmt: skip
+HOST = torch.device("cpu")
+FIRST_STEPS = 2
+"""The second is the first in which gradients are already there, and in which parameters come from an update."""
 AHEAD = 2
 """Receives are posted this many forward or backward actions before the one that they stand in front of."""
 
@@ -72,9 +78,11 @@ class _Incoming:
 
 
 class StageLinks:
-    """This rank's links. A step begins with `begin`; then for each action `post_ahead`, and what the action asks for; then `finish`."""
+    """This rank's links. A step begins with `begin`; then for each action `post_ahead`, and what the action asks for; then `finish`.
+    first_steps: of a batch's shapes, whose messages go through host memory.
+    """
 
-    def __init__(self, program: Program, collectives: Collectives) -> None:
+    def __init__(self, program: Program, collectives: Collectives, first_steps: int | None = None) -> None:
         self._program = program
         self._collectives = collectives
         self._forms: dict[tuple[Signature, int], tuple[_Form, ...]] = {}
@@ -85,8 +93,14 @@ class StageLinks:
         self._arrived: Callable[[], None] | None = None
         self._signatures: Sequence[Signature] = ()
         self._posted = 0
+        on_gpus = collectives.device.type != "cpu"
+        self._first_steps = (FIRST_STEPS if on_gpus else 0) if first_steps is None else first_steps
+        self._num_steps: Counter[Signature] = Counter()
+        self._through_host = False
         for use in sorted({self._use(action) for actions in program.actions for action in actions if _moves(action)}):
             collectives.prepare(PIPELINE, use)
+            if self._first_steps:
+                collectives.prepare(PIPELINE, _host_use(use), device=HOST)
 
     def begin(
         self, actions: Sequence[Action], signatures: Sequence[Signature], arrived: Callable[[], None] | None = None
@@ -95,6 +109,7 @@ class StageLinks:
         that was waited for is there.
         """
         self._actions, self._signatures, self._posted = actions, signatures, 0
+        self._through_host = any(self._num_steps[signature] < self._first_steps for signature in signatures)
         self._arrived = arrived
         self._inbox.clear()
         self._outbox.clear()
@@ -138,10 +153,11 @@ class StageLinks:
                 incoming.handle.wait()
             if self._arrived is not None:
                 self._arrived()
+        tensors = tuple(tensor.to(self._collectives.device) for tensor in incoming.tensors)
         if payload == "activations":
-            for tensor, form in zip(incoming.tensors, incoming.forms, strict=True):
+            for tensor, form in zip(tensors, incoming.forms, strict=True):
                 tensor.requires_grad_(form.differentiable)
-        return incoming.tensors
+        return tensors
 
     def give(self, payload: Payload, action: Action, to_stage: int, tensors: Sequence[Tensor]) -> None:
         """What an action made for a neighbouring stage: handed over on this rank, else kept for the send action that follows."""
@@ -170,7 +186,8 @@ class StageLinks:
                 )
                 raise CommunicationError(message)
         if tensors:
-            self._start_send(action, tuple(tensor.detach().contiguous() for tensor in tensors), tag=action.carries)
+            leaving = tuple(tensor.detach().to(self._device).contiguous() for tensor in tensors)
+            self._start_send(action, leaving, tag=action.carries)
 
     def finish(self) -> None:
         """Waits for what is still being sent."""
@@ -179,6 +196,7 @@ class StageLinks:
             with self._telling(f"sending at {action}"):
                 handle.wait()
         self._arrived = None
+        self._num_steps.update(set(self._signatures))
         assert not self._inbox and not self._outbox, f"left over: {[*self._inbox, *self._outbox]}"
 
     def _start_send(self, action: Action, tensors: tuple[Tensor, ...], *, tag: str) -> None:
@@ -193,8 +211,7 @@ class StageLinks:
     def _post(self, action: Action, forms: tuple[_Form, ...]) -> None:
         if action.carries == "gradients":
             forms = tuple(form for form in forms if form.differentiable)
-        device = self._collectives.device
-        tensors = tuple(torch.empty(form.shape, dtype=form.dtype, device=device) for form in forms)
+        tensors = tuple(torch.empty(form.shape, dtype=form.dtype, device=self._device) for form in forms)
         handle = self._start_receive(action, tensors, tag=action.carries) if tensors else None
         self._inbox[action.carries, action.stage, action.microbatch] = _Incoming(tensors, forms, handle)
 
@@ -213,7 +230,13 @@ class StageLinks:
 
     def _use(self, action: Action) -> str:
         own, peer = (self._program.stage_ranks[stage] for stage in (action.stage, action.peer_stage))
-        return link_use(action.carries, *((own, peer) if action.kind == "send" else (peer, own)))
+        use = link_use(action.carries, *((own, peer) if action.kind == "send" else (peer, own)))
+        return _host_use(use) if self._through_host else use
+
+    @property
+    def _device(self) -> torch.device:
+        """Where messages of this step lie."""
+        return HOST if self._through_host else self._collectives.device
 
     def _header(self, action: Action, forms: Sequence[_Form]) -> Tensor:
         numbers = [len(forms)]
@@ -221,10 +244,10 @@ class StageLinks:
             numbers += [DTYPES.index(form.dtype), int(form.differentiable), len(form.shape), *form.shape]
         assert len(numbers) <= HEADER_SIZE, f"{action}: {len(forms)} tensors cross, more than a header can describe"
         numbers += [0] * (HEADER_SIZE - len(numbers))
-        return torch.tensor(numbers, dtype=torch.int64, device=self._collectives.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
     def _read_header(self, action: Action) -> tuple[_Form, ...]:
-        header = torch.empty(HEADER_SIZE, dtype=torch.int64, device=self._collectives.device)
+        header = torch.empty(HEADER_SIZE, dtype=torch.int64, device=self._device)
         handle = self._start_receive(action, [header], tag="shapes of activations")
         with self._telling(f"waiting for shapes at {action}"):
             handle.wait()
@@ -247,6 +270,10 @@ class StageLinks:
             raise CommunicationError(
                 f"rank {rank}, which holds stage {stages} of the pipeline, was {what}: {error}"
             ) from error
+
+
+def _host_use(use: str) -> str:
+    return f"{use} first"
 
 
 def _moves(action: Action) -> bool:

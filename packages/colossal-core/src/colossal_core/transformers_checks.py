@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from colossal_core.stages import StageEnd
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -47,6 +49,9 @@ class FirstAnswers:
         try:
             yield
             self._is_known = True
+        except StageEnd:  # the pass of a stage of a pipeline, which ends before the model does
+            self._is_known = True
+            raise
         finally:
             self._running.reset(token)
             self._leave(masks, modeling.PreTrainedModel)

@@ -19,6 +19,7 @@ from colossal_comm import join, leave
 from colossal_core.collectives import SingleProcess
 from colossal_core.difference import relative_difference
 from colossal_core.mesh import MeshLayout
+from colossal_core.stage_links import FIRST_STEPS
 from colossal_core.testing import RunRecord, RunSpec, compare, record_run, table
 from colossal_core.testing.models import TokenBatches
 from colossal_core.testing.parity import oracle_of
@@ -75,7 +76,7 @@ class Case:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def spec(self) -> RunSpec:
-        """Two steps of eight sequences, one a microbatch, clipped: four microbatches and more on each pipeline."""
+        """The first steps and one more, of eight sequences, one a microbatch, clipped: four microbatches and more on each pipeline."""
         parallel: dict[str, Any] = {"pipeline": {"size": self.size, "schedule": self.schedule}}
         if self.stage is not None:
             parallel["zero"] = {"stage": self.stage, "bucket_bytes": 9000}
@@ -90,7 +91,7 @@ class Case:
         }
         batches, plugins = TokenBatches(VOCABULARY, SEQUENCE_LENGTH), "comm,pipeline,tensor,zero"
         model = SmallModel(self.kind, self.num_blocks)
-        return RunSpec(config, model, batches, num_steps=2, task="causal-lm", plugins=plugins)
+        return RunSpec(config, model, batches, num_steps=FIRST_STEPS + 1, task="causal-lm", plugins=plugins)
 
 
 ALONE = (

@@ -17,6 +17,7 @@ from torch import nn
 from colossal_comm import join, leave
 from colossal_core.collectives import Collectives
 from colossal_core.mesh import MeshLayout
+from colossal_core.stage_links import FIRST_STEPS
 from colossal_core.testing import RunSpec
 from colossal_core.testing.models import TokenBatches
 from colossal_core.testing.parity import share_of_step, start
@@ -68,8 +69,8 @@ def unpadded(step: int, num_sequences: int) -> dict[str, torch.Tensor]:
 
 
 def losses(case: dict[str, Any], collectives: Collectives) -> list[float]:
-    """Losses of some steps with four microbatches and clipping, the last one recorded. The first step, which makes what is made once, is
-    not watched.
+    """Losses of some steps with four microbatches and clipping, the last one recorded. The first steps, which make what is made once and
+    send through host memory, are not watched.
     """
     config = {
         "batch": {"global_size": 4, "micro_size": 1},
@@ -79,15 +80,15 @@ def losses(case: dict[str, Any], collectives: Collectives) -> list[float]:
     }
     spec = RunSpec(config, small_llama, unpadded, task="causal-lm", plugins="comm,pipeline,zero")
     trained = start(spec, collectives)
-    shares = [share_of_step(spec, trained.plan, collectives.rank, step) for step in range(1 + NUM_STEPS)]
-    found = [trained.train_step(shares[0]).loss]
+    shares = [share_of_step(spec, trained.plan, collectives.rank, step) for step in range(FIRST_STEPS + NUM_STEPS)]
+    found = [trained.train_step(share).loss for share in shares[:FIRST_STEPS]]
     context = trained._engine.context
     recorder = StepRecorder(collectives.device)
     watched = collectives.device.type == "cuda"
     if watched:
         torch.cuda.set_sync_debug_mode("error")
     try:
-        found += [trained.train_step(share).loss for share in shares[1:-1]]
+        found += [trained.train_step(share).loss for share in shares[FIRST_STEPS:-1]]
         context.recorder = recorder
         found.append(trained.train_step(shares[-1]).loss)
     finally:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
+from unittest import mock
 
+from colossal_core import runner
+from colossal_core.stage_links import StageLinks
 from colossal_core.strategy import Phase
 from colossal_core.testing.parity import RunRecord, RunSpec, StepRecord, record_end, record_step, share_of_step, start
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from colossal_core.collectives import Collectives
+    from colossal_core.program import Action, Program
     from colossal_core.trained import Trained
 
 CORE_TAGS = (
@@ -114,6 +118,25 @@ def observe(collectives: Collectives, spec: RunSpec) -> Observation:
 def record(collectives: Collectives, spec: RunSpec) -> RunRecord:
     """The record of a whole run."""
     return observe(collectives, spec).record
+
+
+def record_with_first_steps(
+    collectives: Collectives, spec: RunSpec, first_steps: int
+) -> tuple[RunRecord, Sequence[str]]:
+    """A run whose stages send through host memory in that many steps, and the uses of the communicators on which messages went."""
+    uses: list[str] = []
+
+    class Listening(StageLinks):
+        def __init__(self, program: Program, ranks: Collectives) -> None:
+            super().__init__(program, ranks, first_steps)
+            uses.clear()
+
+        def _use(self, action: Action) -> str:
+            uses.append(super()._use(action))
+            return uses[-1]
+
+    with mock.patch.object(runner, "StageLinks", Listening):
+        return record(collectives, spec), uses
 
 
 def save_and_go_on(collectives: Collectives, spec: RunSpec, directory: str) -> tuple[RunRecord, StepRecord]:
