@@ -4,7 +4,8 @@
     python benchmarks/end_to_end_kernels.py --model gpt2-1.5b --micro-batches 16
     python benchmarks/end_to_end_kernels.py --small                    # on a laptop: the references on both sides
 
-On one GPU: `zero1` is the library as it is installed, `zero1+ops=plain` the library with what core has alone, `fsdp2-z2` torch's loop,
+On one GPU: `zero1` is the library as it is installed, `zero1+ops=plain` the library with what core has alone, `zero1+ops=rms_norm/swiglu`
+with these kernels inside compiled blocks as well, whatever the table of kernels says, `fsdp2-z2` torch's loop,
 `fsdp2-z2+liger=true` the same with Liger's norms, rotary embedding, gated activation and linear + cross-entropy (for Llama; Liger has
 no patch for GPT-2). The rest is as in `zero_vs_peers.py`: tokens/s, peak memory, a table, JSON and a picture.
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The kernels on this machine's GPU: tests, the benchmark of every op beside its peers, settings of kernels, and whole training steps.
 #   bash benchmarks/kernels_gpu.sh tests|two-gpus|sanitizer|ceilings|warm|bench-norms|bench-gates|bench-losses|bench-experts|bench-fp8|
-#                                  bench-optimizers|bench-cpu|sweep-OP|llama|gpt2 ...
+#                                  bench-optimizers|bench-cpu|sweep-OP|llama|llama-compiled|gpt2 ...
 # Each set ends by itself: minutes (expected, at most): tests (4, 8), two-gpus (2, 4), sanitizer (3, 7), warm (2, 5), bench-FAMILY (1.5, 4
-# each after warm; 3 without), sweep-OP (2, 4), llama and gpt2 (4, 7.5 each). Files go to $OUT. DATE is written into reports.
+# each after warm; 3 without), sweep-OP (2, 4), llama, llama-compiled and gpt2 (4, 7.5 each). Files go to $OUT. DATE is written into reports.
 . benchmarks/on_gpus.sh
 python3 - <<'PYTHON' || exit 1
 from importlib.metadata import entry_points
@@ -44,7 +44,7 @@ for set in "$@"; do
   echo "== $set"
   case $set in
     tests)
-      tests 330 "$GPU_TESTS/test_ops_on_gpu.py $GPU_TESTS/test_experts_on_gpu.py $GPU_TESTS/test_optimizers_on_gpu.py" --numprocesses 8
+      tests 330 "$GPU_TESTS/test_ops_on_gpu.py $GPU_TESTS/test_experts_on_gpu.py $GPU_TESTS/test_optimizers_on_gpu.py $GPU_TESTS/test_losses_on_gpu.py" --numprocesses 8
       tests 150 $GPU_TESTS/test_large_on_gpu.py ;;
     two-gpus) tests 240 $GPU_TESTS/test_ops_on_gpu.py -k not_the_current_one ;;
     sanitizer) # every allocation is CUDA's own, so that what is read behind a tensor is seen
@@ -67,6 +67,8 @@ for set in "$@"; do
     bench-cpu) bench cpu 2 --device cpu ;;
     sweep-*) timeout -k 10 270 python3 -m colossal_kernels.bench.sweep "${set#sweep-}" --minutes 4 --json "$OUT/$set.json"; echo "status $?" ;;
     llama) end_to_end llama-1b --model llama-1b --micro-batches 8 ;;
+    llama-compiled) end_to_end llama-1b-compiled --model llama-1b --micro-batches 8 --compile yes --contestants \
+      "fsdp2-z2,zero1+ops=plain,zero1,zero1+ops=rms_norm/add_rms_norm,zero1+ops=rms_norm/add_rms_norm/rotary/swiglu" ;;
     gpt2) end_to_end gpt2-1.5b --model gpt2-1.5b --micro-batches 16 ;;
     *) echo "no such set: $set"; exit 2 ;;
   esac

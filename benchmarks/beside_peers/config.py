@@ -31,8 +31,13 @@ def config_of(row: Row, world_size: int) -> dict[str, Any]:
         "compile": {"enabled": row.compiles_blocks},
         "recompute": {"mode": row.recompute},
         "parallel": {name: section for name, section in sections.items() if section},
-        **({"ops": plain_ops()} if contestant.plain_ops else {}),
+        **({"ops": asked_ops(contestant.ops)} if contestant.ops else {}),
     }
+
+
+def asked_ops(names: tuple[str, ...]) -> dict[str, str]:
+    """`plain`, or names of ops whose kernel is used in compiled blocks too."""
+    return plain_ops() if names == ("plain",) else dict.fromkeys(names, "triton")
 
 
 def plain_ops() -> dict[str, str]:

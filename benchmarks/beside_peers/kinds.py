@@ -39,7 +39,7 @@ class Contestant:
     """zero, tensor, pipeline: keys of these sections of `parallel`, for ours. tensor_size: ranks that share each matrix; pipeline_size:
     ranks that stand behind one another. schedule: of a pipeline, else "". micro: sequences of one forward pass on one rank, 0 where
     nothing is said. eager: blocks are not compiled, whatever the row says. asynchronous: of torch's tensor
-    parallelism. eager_loss: of torch's tensor parallelism and pipelines.
+    parallelism. eager_loss: of torch's tensor parallelism and pipelines. ops: `plain`, or ops whose kernel is asked for by name.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Contestant:
     asynchronous: bool = False
     eager_loss: bool = False
     liger: bool = False
-    plain_ops: bool = False
+    ops: tuple[str, ...] = ()
 
 
 def read(text: str) -> Contestant:
@@ -64,9 +64,9 @@ def read(text: str) -> Contestant:
     options = dict(_option(option) for option in written)
     if kind.startswith("fsdp2") and "liger" in options:
         return replace(_read(kind, _without(options, "liger")), liger=bool(options["liger"]))
-    if options.get("ops") == "plain":
+    if "ops" in options:
         contestant = _read(kind, _without(options, "ops"))
-        return contestant if contestant.is_peer else replace(contestant, plain_ops=True)
+        return contestant if contestant.is_peer else replace(contestant, ops=tuple(str(options["ops"]).split("/")))
     return _read(kind, options)
 
 

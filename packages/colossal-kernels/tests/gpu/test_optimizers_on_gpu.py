@@ -52,6 +52,7 @@ def test_one_mixed_pass(grad: torch.dtype) -> None:
     assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, ours[0], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_steps_repeat_bit_for_bit_and_never_wait() -> None:
     """100 times, with everything that is narrow rounded by one seed; the host waits for nothing once tables are there."""
 

@@ -112,14 +112,16 @@ def build_op_table(
 ) -> OpTable:
     """Chooses, for each op, the implementation of highest priority that fits; ties go to the provider first by name.
 
-    asked: provider by op, of those that shall not be chosen so. What cannot be (`op_problems` says why) is left out.
+    asked: provider by op, of those that shall not be chosen so; they are used inside compiled blocks too. What cannot be (`op_problems`
+    says why) is left out.
     """
     chosen = {}
     for op in OP_NAMES:
         fitting = [found for found in implementations if found.op == op and found.fits(device_type, dtype)]
         assert fitting, f"no implementation of {op} for {dtype} on {device_type}: the reference fits everywhere"
         wanted = [found for found in fitting if found.provider == (asked or {}).get(op)]
-        chosen[op] = min(wanted or fitting, key=lambda found: (-found.priority, found.provider))
+        first = min(wanted or fitting, key=lambda found: (-found.priority, found.provider))
+        chosen[op] = replace(first, under_compile=True) if wanted else first
     return OpTable(chosen)
 
 

@@ -335,6 +335,13 @@ def test_providers_that_cannot_be_had_are_told_together() -> None:
     assert prepare(SPEC.with_overrides({"ops.rotary": PROVIDER}), 1).plan.ops["rotary"] == PROVIDER
 
 
+def test_a_provider_that_the_config_names_is_used_inside_compiled_blocks() -> None:
+    spec = SPEC.with_overrides({"compile.enabled": True, "ops.rms_norm": PROVIDER, "ops.swiglu": "reference"})
+    found = next(note for note in prepare(spec, 1).plan.notes if "left to torch.compile" in note)
+    left = found.partition("blocks: ")[2].split(", ")
+    assert "rms_norm" not in left and "swiglu" not in left and "rotary" in left
+
+
 def test_the_memory_of_a_model_with_ops_is_estimated_and_leaves_it_as_it_was() -> None:
     batch = TokenBatches()(0, 4)
     trained, plain = start(SPEC, one_process()), start(oracle_of(SPEC), one_process())
