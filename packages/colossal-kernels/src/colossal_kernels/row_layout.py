@@ -69,3 +69,15 @@ def row_starts(rows, middle, inner, outer_stride, middle_stride, inner_stride):
     groups = rows // inner
     outer = (groups // middle).to(tl.int64) * outer_stride
     return outer + (groups % middle).to(tl.int64) * middle_stride + (rows % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def one_a_column(pointer, columns, here, ROWS: tl.constexpr):
+    """A vector's numbers [1, D] beside tiles of `ROWS` rows, zero where not `here`. Threads exchange them where a tile has several rows,
+    once: the compiler takes that out of loops.
+    """
+    if ROWS == 1:
+        found = tl.load(pointer + columns[None, :], mask=here[None, :], other=0.0)
+    else:
+        found = tl.load(pointer + columns, mask=here, other=0.0)[None, :]
+    return found

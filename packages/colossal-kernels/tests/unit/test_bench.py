@@ -17,7 +17,7 @@ import torch
 from colossal_core.benchmarks import BenchmarkRequest
 from colossal_core.errors import ConfigError
 from colossal_core.ops import OP_NAMES
-from colossal_kernels.bench import command, report, sweep
+from colossal_kernels.bench import clock, command, report, sweep
 from colossal_kernels.bench.case import Call, Draw, Knobs, Least, OpBench, Shape, moved, multiplied
 from colossal_kernels.bench.clock import Ceilings, Sample, measured_ceilings
 from colossal_kernels.bench.measure import Row, Workbench
@@ -155,6 +155,22 @@ def test_arguments_that_are_overwritten_are_given_back() -> None:
     rows_of(tiny(shapes=(replace(tiny().shapes[0], restored=True),), eager=spoils, compared="nothing"))
     first = float(tiny().shapes[0].call(Draw(torch.device("cpu"))).arguments[0].detach().sum())
     assert seen.count(first) >= 3
+
+
+def test_a_repetition_in_which_the_device_waited_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([(9.0, True), (8.0, True), (1.0, False), (3.0, False), *[(7.0, True)] * 9])
+    flushed: list[int] = []
+
+    def once(self: object, call: object, prepare: object, flushes: int) -> tuple[float, bool]:
+        flushed.append(flushes)
+        return next(told)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(clock, "FLUSHED_BYTES", 4)
+    monkeypatch.setattr(clock.CudaClock, "_once", once)
+    found = clock.CudaClock(torch.device("cpu"), repeats=3).sample(lambda: None)
+    assert (found.lowest_ms, found.median_ms, found.highest_ms) == (1.0, 3.0, 7.0), "a host that is always late ends it"
+    assert flushed == [1, 2, 4, 4, 4, 8, 16, 32, 40]
 
 
 def test_ceilings_are_measured_in_the_same_way() -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 from colossal_core.ops import OpImplementation, reference
 from colossal_core.ops.reference import LossTerms, Words
 from colossal_core.testing import OpSuite
-from colossal_kernels.losses import in_place
+from colossal_kernels.losses import in_place, scaling
 from colossal_kernels.losses import linear_cross_entropy as linear_module
 from colossal_kernels.losses import rows as rows_module
 from colossal_kernels.losses.cross_entropy import cross_entropy
-from colossal_kernels.losses.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from colossal_kernels.losses.in_place import InPlaceConfig
+from colossal_kernels.losses.linear_cross_entropy import Chunks, chunks_of, linear_cross_entropy
 from colossal_kernels.losses.vocabulary import vocabulary_gradient, vocabulary_statistics
 from colossal_kernels.table import implementations
 
@@ -54,10 +55,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a row is many blocks and many parts."""
-    for name, value in (("READ_BLOCK", 8), ("WRITE_BLOCK", 8), ("WRITE_BLOCKS", 2), ("MERGE_ROWS", 2)):
+    for name, value in (("READ_BLOCK", 8), ("WRITE_BLOCK", 8), ("MERGE_ROWS", 2)):
         monkeypatch.setattr(rows_module, name, value)
-    for name, value in (("IN_PLACE_BLOCK", 16), ("WHOLE_BLOCK", 32)):
-        monkeypatch.setattr(in_place, name, value)
+    monkeypatch.setattr(in_place, "in_place_config", lambda _row_bytes: InPlaceConfig(16, 4, 2))
 
 
 @pytest.mark.parametrize("programs", [1, 8, 64], ids=["one part", "a few parts", "a part for each block"])
@@ -238,12 +238,66 @@ def gradient_of(op: Any, hidden: Tensor, labels: Tensor, budget_bytes: int) -> T
 
 def test_chunks_fill_the_gpu_within_the_budget() -> None:
     llama = (4096, 128256)
-    assert chunk_rows(8192, *llama, 448 * 2**20 // (128256 * 2)) == 1792
-    assert chunk_rows(8192, *llama, 512 * 2**20 // (128256 * 2)) == 2048
-    assert chunk_rows(1000, *llama, 1831) == 1000
-    assert chunk_rows(1000, *llama, 100) == 100
+    assert chunks_of(8192, *llama, 448 * 2**20 // (128256 * 2)) == Chunks(1664, 3)
+    assert chunks_of(8192, *llama, 512 * 2**20 // (128256 * 2)) == Chunks(2048, 1)
+    assert chunks_of(8192, 4096, 128257, 448 * 2**20 // (128257 * 2)) == Chunks(1792, 1)
+    assert chunks_of(1000, *llama, 1831) == Chunks(1000, 1)
+    assert chunks_of(1000, *llama, 100) == Chunks(100, 1)
     for most in range(1, 3000, 37):
-        assert most // 2 <= chunk_rows(100_000, *llama, most) <= most
+        found = chunks_of(100_000, *llama, most)
+        held = found.rows * (128256 + (found.parts * 4096 if found.parts > 1 else 0))
+        assert most // 2 <= found.rows <= most
+        assert held <= most * 128256
+
+
+def test_the_hidden_states_gradient_in_parts_is_the_reference_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "chunks_of", lambda *_: Chunks(2, 3))
+    hidden, weight, labels = normal(5, 4).requires_grad_(), normal(24, 4), torch.tensor([23, -100, 17, 0, 8])
+    (ours,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden)
+    wide = hidden.detach().double().requires_grad_()
+    (theirs,) = torch.autograd.grad(reference.linear_cross_entropy(wide, weight.double(), labels), wide)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_tensor_is_scaled_in_its_place_and_rounded_once(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "SCALE_BLOCK", 8)
+    monkeypatch.setattr(scaling, "SCALE_PROGRAMS", 2)
+    tensor = normal(7, 5, dtype=torch.float16)
+    expected = (tensor.float() * factor).half()
+    scaled = scaling.scale_in_place(tensor, torch.tensor([factor]))
+    assert scaled is tensor
+    assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("columns", [3, 9, 37, 64])
+@pytest.mark.parametrize("begin", range(4))
+def test_rows_that_begin_anywhere(columns: int, begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their whole blocks begin at multiples of 16 bytes, and nothing beside a row is touched."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(rows_module, "READ_PROGRAMS", 8)
+    plain, labels = normal(3, columns), torch.tensor([columns - 1, -100, 0])
+    given = (torch.ones(()), plain, labels, torch.ones(3), Words(0, columns, columns), LossTerms(-100, 0.1, 0.2))
+    expected = reference.vocabulary_gradient(*given)
+    memory = torch.full((3 * (columns + 1) + 8,), 7.0)
+    rows = memory.as_strided((3, columns), (columns + 1, 1), begin)
+    rows.copy_(plain)
+    assert rows_module.has_heads(columns, rows) or columns % 16 == 0
+    statistics = vocabulary_statistics(rows, labels, *given[4:])
+    torch.testing.assert_close(
+        statistics, reference.vocabulary_statistics(plain, labels, *given[4:]), rtol=1e-6, atol=1e-6
+    )
+    vocabulary_gradient(given[0], rows, *given[2:], overwrite=True)
+    torch.testing.assert_close(rows, expected, rtol=1e-6, atol=1e-6)
+    losses = torch.empty(3)
+    rows.copy_(plain)
+    in_place.write_losses_and_gradients(rows, labels, LossTerms(-100, 0.1, 0.2), losses)
+    wide = plain.double().requires_grad_()
+    total = reference.cross_entropy(wide, labels, z_loss=0.1, smoothing=0.2)[0]
+    torch.testing.assert_close(rows.double(), torch.autograd.grad(total, wide)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.double().sum(), total.detach(), rtol=1e-6, atol=0.0)
+    rows.fill_(7.0)
+    assert torch.equal(memory, torch.full_like(memory, 7.0))
 
 
 def test_float64_and_mixed_dtypes_stay_with_the_reference() -> None:
@@ -279,6 +333,7 @@ def test_torch_knows_the_operators() -> None:
     given = (torch.ones(()), plain, labels, lse, *numbers)
     check(kernels.vocabulary_gradient.default, given, test_utils=UNDER_THE_INTERPRETER)
     check(kernels.vocabulary_gradient_.default, given, test_utils=UNDER_THE_INTERPRETER)
+    check(kernels.scale_.default, (plain.clone(), torch.ones(1)), test_utils=UNDER_THE_INTERPRETER)
     hidden, weight, bias = normal(3, 4).requires_grad_(), normal(7, 4).requires_grad_(), normal(7).requires_grad_()
     arguments = (hidden, weight, bias, labels, [True, True, True], 40, -100, 0.1, 0.2)
     check(kernels.linear_cross_entropy.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -34,12 +34,17 @@ class TestRmsNormFp8(OpSuite):
     dtypes = ("float32", "float16")
 
 
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+WIDE = (
+    NormConfig(rows=2, block=32, warps=1, programs=2),
+    NormConfig(rows=1, block=128, warps=1, programs=2, twice=True),
+)
+
+
+@pytest.fixture(params=WIDE, ids=["in chunks", "read twice"])
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 75 are too wide for registers, so that the kernels for wide rows run on small tensors."""
-    narrow, tall = NormConfig(1, 32, 1), NormConfig(rows=2, block=32, warps=1, programs=2)
-    monkeypatch.setattr(forward, "forward_config", lambda *sizes: narrow)
-    monkeypatch.setattr(backward, "backward_config", lambda *sizes: tall)
+    monkeypatch.setattr(forward, "forward_config", lambda *sizes: NormConfig(1, 32, 1))
+    monkeypatch.setattr(backward, "backward_config", lambda *sizes: request.param)
 
 
 def values_and_gradients(function: Callable[..., Any], arguments: list[Any], **keywords: Any) -> list[torch.Tensor]:
@@ -89,6 +94,16 @@ def test_eight_bits_are_the_norm_times_its_scale() -> None:
     assert scale.shape == (6, 1) and torch.equal(y.float().abs().amax(-1), torch.full((6,), 448.0))
     torch.testing.assert_close(y.float() * scale, norm, rtol=2**-4, atol=float(scale.max()) * 2**-9)
     assert not y.requires_grad and not rms_norm_fp8.rms_norm_fp8(x.requires_grad_(), weight, 1e-6)[0].requires_grad
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-37, 1e30])
+def test_eight_bits_of_tiny_and_large_weights(size: float) -> None:
+    """One factor a row must neither overflow nor lose the scale."""
+    x, weight = torch.randn(3, 16), torch.linspace(0.5, 2.0, 16)
+    y, scale = rms_norm_fp8.rms_norm_fp8(x, weight * size, 1e-6)
+    same, once = rms_norm_fp8.rms_norm_fp8(x, weight, 1e-6)
+    torch.testing.assert_close(y.float(), same.float(), rtol=2**-3, atol=2**-9)
+    torch.testing.assert_close(scale.double() / size, once.double(), rtol=1e-4, atol=0.0)
 
 
 def test_torch_knows_the_operators() -> None:

@@ -26,6 +26,8 @@ TILE_COLUMNS = 1024
 TILE_ELEMENTS = 8192
 """Of a tile, at most."""
 WARPS = 4
+SUMMED_BYTES = 16
+"""Of a row: neighbours that one sum of the weights' gradient takes in at once."""
 
 
 def expert_permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def _sum_kernel(
 def _weighted_backward_kernel(
     grad_x, y, order, inverse, weights, grad_y, grad_weights,
     grad_stride, row_stride, num_rows, num_columns, weight_stride, choice_stride, slice_length,
-    K: tl.constexpr, K2: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
+    K: tl.constexpr, K2: tl.constexpr, COLUMNS: tl.constexpr, NEIGHBOURS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     choices_K = tl.arange(0, K2)
@@ -123,18 +125,19 @@ def _weighted_backward_kernel(
     weight_K = tl.load(weights + token * weight_stride + choices_K * choice_stride, mask=choices_K < K, other=0.0).to(
         tl.float32
     )
-    products_KD = tl.zeros((K2, COLUMNS), dtype=tl.float32)
+    # A thread's own neighbours are summed at once, so that it keeps few sums (47 registers, not 119) and a multiprocessor many programs.
+    products_KS = tl.zeros((K2, COLUMNS // NEIGHBOURS), dtype=tl.float32)
     columns = tl.arange(0, COLUMNS)
     for _ in range(tl.cdiv(num_columns, COLUMNS)):
         inside = columns < num_columns
         there_KD = (row_K >= 0)[:, None] & inside[None, :]
         y_KD = tl.load(y + row_K[:, None] * row_stride + columns[None, :], mask=there_KD, other=0.0).to(tl.float32)
         grad_D = tl.load(grad_x + token * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        products_KD += y_KD * grad_D[None, :]
+        products_KS += tl.sum(tl.reshape(y_KD * grad_D[None, :], (K2, COLUMNS // NEIGHBOURS, NEIGHBOURS)), axis=2)
         grad_KD = (weight_K[:, None] * grad_D[None, :]).to(grad_y.dtype.element_ty)
         tl.store(grad_y + row_K[:, None] * num_columns + columns[None, :], grad_KD, mask=there_KD)
         columns += COLUMNS
-    grad_weight_K = tl.where(row_K >= 0, tl.sum(products_KD, axis=1), 0.0).to(grad_weights.dtype.element_ty)
+    grad_weight_K = tl.where(row_K >= 0, tl.sum(products_KS, axis=1), 0.0).to(grad_weights.dtype.element_ty)
     tl.store(grad_weights + token * K + choices_K, grad_weight_K, mask=choices_K < K)
     _clear(order, grad_y, token, num_rows, num_columns, slice_length, 0, num_columns, COLUMNS, SLICE)
 
@@ -147,6 +150,10 @@ def _tile(num_choices: int, num_columns: int) -> tuple[int, int]:
     """K2 and the features of a tile of all of a token's rows."""
     choices = triton.next_power_of_2(num_choices)
     return choices, min(TILE_COLUMNS, TILE_ELEMENTS // choices, triton.next_power_of_2(num_columns))
+
+
+def _neighbours(element_bytes: int, num_columns: int) -> int:
+    return min(max(SUMMED_BYTES // element_bytes, 1), num_columns)
 
 
 def _slice(num_rows: int, num_tokens: int) -> tuple[int, int]:
@@ -190,7 +197,7 @@ def _weighted_backward(
     _weighted_backward_kernel[(num_tokens,)](
         grad_ND, y_MD, order, inverse.contiguous(), weights, grad_y, grad_weights,
         grad_ND.stride(0), y_MD.stride(0), len(order), num_columns, *weights.stride(), length,
-        inverse.shape[1], choices, columns, most, num_warps=WARPS,
+        inverse.shape[1], choices, columns, _neighbours(grad_y.element_size(), columns), most, num_warps=WARPS,
     )  # fmt: skip
     return grad_y, grad_weights
 
@@ -267,9 +274,12 @@ def builds() -> tuple[Build, ...]:
         choices, columns = _tile(top_k, features)
         sums = {"K": top_k, "K2": choices, "COLUMNS": columns, "WEIGHTED": True}
         whole = {"K": top_k, "K2": choices, "COLUMNS": columns, "SLICE": choices}
+        turned = {**whole, "NEIGHBOURS": _neighbours(2 if dtype == "bf16" else 4, columns)}
         found += [
             Build(f"expert_permute {name}", _spread_kernel, types, whole, WARPS, aligned=aligned),
             Build(f"expert_unpermute {name}", _sum_kernel, types, sums, WARPS, aligned=aligned),
-            Build(f"expert_unpermute_backward {name}", _weighted_backward_kernel, types, whole, WARPS, aligned=aligned),
+            Build(
+                f"expert_unpermute_backward {name}", _weighted_backward_kernel, types, turned, WARPS, aligned=aligned
+            ),
         ]
     return tuple(found)

@@ -13,9 +13,10 @@ TENSORS = ("gate", "up", "weights", "y", "grad_y", "grad_gate", "grad_up")
 
 def gate_builds(name: str, columns: int, gate: Gate, *, weighted: bool = False) -> tuple[Build, Build]:
     """Forward and backward in bf16, rows with one stride, weights and their gradient in float32."""
+    config = backward_config(columns, gate.interleaved)
     return (
         _build(f"{name} bf16 {columns}", forward_kernel, forward_config(columns), gate, weighted),
-        _build(f"{name}_backward bf16 {columns}", backward_kernel, backward_config(columns), gate, weighted),
+        _build(f"{name}_backward bf16 {columns}", backward_kernel, config, gate, weighted),
     )
 
 

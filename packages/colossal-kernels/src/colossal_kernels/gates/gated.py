@@ -44,10 +44,13 @@ def forward_config(num_columns: int) -> GateConfig:
     return GateConfig(max(TILE // max(columns, 8), 1), columns, 4)
 
 
-def backward_config(num_columns: int) -> GateConfig:
-    """The same, with more registers for each number."""
+def backward_config(num_columns: int, interleaved: bool) -> GateConfig:
+    """The same, with more registers for each number. interleaved: a thread has four pairs, as one access brings them, so that no numbers
+    are exchanged among threads.
+    """
     found = forward_config(num_columns)
-    return GateConfig(max(found.rows // 2, 1), min(found.columns, 1024), 4)
+    rows, columns = max(found.rows // 2, 1), min(found.columns, 1024)
+    return GateConfig(rows, columns, min(8 if interleaved else 4, rows * columns // 32))
 
 
 @triton.jit

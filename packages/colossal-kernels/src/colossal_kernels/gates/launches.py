@@ -53,11 +53,15 @@ def two_sides(gate: Tensor, up: Tensor, *, flat: bool) -> Sides:
     return Sides(gate, up, layout, rows, columns)
 
 
-def packed_sides(gate_up: Tensor, interleaved: bool) -> Sides:
-    """Of one tensor [..., 2F]."""
+def packed_sides(gate_up: Tensor, interleaved: bool, *, flat: bool) -> Sides:
+    """Of one tensor [..., 2F]. flat: rows mean nothing, so a contiguous one whose gate and up are in turn is one row."""
     gate_up, layout = with_rows(gate_up)
-    half = gate_up.shape[-1] // 2
-    return Sides(gate_up, gate_up if interleaved else gate_up[..., half:], layout, num_rows(gate_up), half)
+    rows, half = num_rows(gate_up), gate_up.shape[-1] // 2
+    if flat and interleaved:
+        assert gate_up.is_contiguous()
+        rows, half = 1, rows * half
+        layout = RowLayout(1, 1, 2 * half, 0, 0)
+    return Sides(gate_up, gate_up if interleaved else gate_up[..., half:], layout, rows, half)
 
 
 def launch_forward(sides: Sides, weights: Tensor | None, y: Tensor, gate: Gate) -> None:
@@ -73,7 +77,7 @@ def launch_forward(sides: Sides, weights: Tensor | None, y: Tensor, gate: Gate) 
 
 def launch_backward(grad_y: Tensor, sides: Sides, weights: Tensor | None, grads: Sides, gate: Gate) -> Tensor:
     """Writes the gradients of both sides where `grads` says, which may be where the sides are; returns that of the weights (or nothing)."""
-    config = backward_config(sides.columns)
+    config = backward_config(sides.columns, gate.interleaved)
     if sides.columns != grad_y.shape[-1]:
         grad_y, layout = grad_y.contiguous(), RowLayout(1, 1, sides.columns, 0, 0)
     else:

@@ -60,6 +60,11 @@ def _fits(gate_up: Tensor, weights: Tensor | None) -> bool:
     return shaped and kernels_take(gate_up, weights) and (weights is None or weights.shape == gate_up.shape[:-1])
 
 
+def _flat(gate_up: Tensor, weights: Tensor | None) -> bool:
+    """Whether it is nothing but a list of pairs where gate and up are in turn."""
+    return weights is None and gate_up.is_contiguous()
+
+
 def _packed(
     gate_up: Tensor,
     weights: Tensor | None,
@@ -71,7 +76,8 @@ def _packed(
     overwrite: bool,
 ) -> Tensor:
     y = _packed_fake(gate_up, weights, kind, interleaved, alpha, limit, shift, overwrite)
-    launch_forward(packed_sides(gate_up, interleaved), weights, y, Gate(kind, interleaved, alpha, limit, shift))
+    sides = packed_sides(gate_up, interleaved, flat=_flat(gate_up, weights))
+    launch_forward(sides, weights, y, Gate(kind, interleaved, alpha, limit, shift))
     return y
 
 
@@ -100,7 +106,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     gate = Gate(kind, interleaved, alpha, limit, shift)
-    sides, grads = packed_sides(gate_up, interleaved), packed_sides(grad, interleaved)
+    flat = _flat(gate_up, weights)
+    sides, grads = (packed_sides(tensor, interleaved, flat=flat) for tensor in (gate_up, grad))
     return grad, launch_backward(grad_y, sides, weights, grads, gate)
 
 
@@ -127,7 +134,7 @@ def _backward_in_place(
     limit: float | None,
     shift: float,
 ) -> Tensor:
-    sides = packed_sides(gate_up, interleaved)
+    sides = packed_sides(gate_up, interleaved, flat=_flat(gate_up, weights))
     grad_weights = launch_backward(grad_y, sides, weights, sides, Gate(kind, interleaved, alpha, limit, shift))
     if sides.gate is not gate_up:
         gate_up.copy_(sides.gate)
@@ -180,10 +187,10 @@ differentiate("packed_gated", _gradients, _save)
 
 
 def builds() -> tuple[Build, ...]:
-    """Of a Phi-3 (8192 features), gpt-oss (2880, clamped) and weighted experts of 768."""
+    """Of a Phi-3 (8192 features), gpt-oss (clamped; one row, as no weights part it) and weighted experts of 768."""
     return (
         *gate_builds("packed_swiglu", 8192, Gate("silu")),
         *gate_builds("packed_swiglu weighted", 768, Gate("silu"), weighted=True),
-        *gate_builds("packed_swiglu gpt-oss", 2880, Gate("silu", True, 1.702, 7.0, 1.0)),
+        *gate_builds("packed_swiglu gpt-oss", 16384 * 2880, Gate("silu", True, 1.702, 7.0, 1.0)),
         *gate_builds("packed_geglu", 16384, Gate("gelu_tanh")),
     )

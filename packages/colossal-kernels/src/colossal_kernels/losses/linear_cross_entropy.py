@@ -3,9 +3,10 @@ one matrix product, their gradient in their place by one kernel, and two product
 synchronisation. The order of work is Hsu et al. 2024's (section 3.2), but for the chunks. Legend: N rows, D features, V vocabulary, C
 rows of a chunk.
 
-Chunks are as large as the budget allows, since each reads and writes the weight's gradient once (2 V D elements: 2.1 GB at V = 128256,
-D = 4096), and of them the size at which the product of C x D tiles fills the GPU: 1024 rows are one full wave of 128 x 256 tiles there,
-1664 are two, of which the second is half full.
+Few chunks are good, since each reads and writes the weight's gradient once (2 V D elements: 2.1 GB at V = 128256, D = 4096), and such
+as fill the GPU with the product that gives the hidden states' gradient, which has few tiles of 128 x 256 and takes long for each: 1024
+rows are one full wave of them there, 1792 are two, of which the second is 70 % full. So that product may be cut along the vocabulary into
+parts that are computed at once and summed: 1536 rows in two parts are three full waves of half the time.
 
 The weight's gradient is summed in the weight's dtype, by products that add to it in float32 and round once. In bfloat16 (unit u = 2^-9)
 k chunks of like size round the running sum k times, at sizes that grow as a random walk: sqrt(k / 2) u of it, against sqrt(2) u of the
@@ -16,6 +17,7 @@ vocabulary at a time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,18 +28,16 @@ from colossal_core.ops.cross_entropy import LossTerms
 from colossal_core.ops.linear_cross_entropy import LOGITS_BYTES, most_rows
 from colossal_kernels.builds import Build
 from colossal_kernels.library import define, differentiate
-from colossal_kernels.losses.in_place import (
-    IN_PLACE_BLOCK,
-    WHOLE_BLOCK,
-    in_place_builds,
-    write_losses_and_gradients,
-)
+from colossal_kernels.losses.in_place import in_place_builds, write_losses_and_gradients
 from colossal_kernels.losses.rows import MULTIPROCESSORS, losses
+from colossal_kernels.losses.scaling import scale_builds, scale_in_place
 
 MOST_NARROW_SUMS = 12
 """Chunks whose products are added to a weight's gradient in its own dtype."""
 SLICE_BYTES = 64 * 2**20
 """Of a product that is added to a gradient in float32."""
+MOST_PARTS = 3
+"""Of the product that gives the hidden states' gradient: each is rounded to its dtype before they are summed."""
 TILE_ROWS, TILE_COLUMNS = 128, 256
 """Of a matrix product in bfloat16 on an H200."""
 FLOPS, BYTES_A_SECOND = 790e12, 4.2e12
@@ -55,7 +55,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """`colossal_core.ops.reference.linear_cross_entropy`. budget_bytes bounds the only tensor of logits that there is.
+    """`colossal_core.ops.reference.linear_cross_entropy`. budget_bytes bounds the only tensor of logits that there is, with the parts of
+    the hidden states' gradient.
 
     Beside it only the gradients are made, that of the weight in float32 where there may be more than `MOST_NARROW_SUMS` chunks. The
     backward pass scales them where they are: a second one through the same graph is an error. All of hidden, weight and bias are of one
@@ -82,28 +83,48 @@ def linear_cross_entropy(
     return total
 
 
-def chunk_rows(num_rows: int, num_features: int, vocabulary: int, most: int) -> int:
-    """Rows of a chunk, at most `most` and at least half of it: of the whole numbers of tiles, that with the shortest time by `_seconds`."""
-    if num_rows <= most or most < TILE_ROWS:
-        return min(num_rows, most)
-    sizes = range(-(-most // 2 // TILE_ROWS) * TILE_ROWS, most + 1, TILE_ROWS)
-    return min(sizes, key=lambda rows: (_seconds(num_rows, num_features, vocabulary, rows), -rows))
+@dataclass(frozen=True)
+class Chunks:
+    """rows: of a chunk. parts: into which the product over the vocabulary is cut that gives the hidden states' gradient."""
+
+    rows: int
+    parts: int
 
 
-def _seconds(num_rows: int, num_features: int, vocabulary: int, rows: int) -> float:
-    """What depends on the chunks: the products that give the hidden states' gradient, in whole waves of tiles, and the traffic of the
-    weight's gradient.
+def chunks_of(num_rows: int, num_features: int, vocabulary: int, most: int) -> Chunks:
+    """Rows of a chunk, at most `most` with what the parts take and at least half of it: of the whole numbers of tiles, that with the
+    shortest time by `_seconds`. Where all rows are one chunk, or a chunk is no tile, the product is not cut.
     """
-    whole, rest = divmod(num_rows, rows)
+    if num_rows <= most or most < TILE_ROWS:
+        return Chunks(min(num_rows, most), 1)
+    least = -(-most // 2 // TILE_ROWS) * TILE_ROWS
+    possible = []
+    for parts in range(1, MOST_PARTS + 1):
+        # Parts begin at multiples of 16 bytes.
+        if parts == 1 or vocabulary % (8 * parts) == 0:
+            held = most * vocabulary // (vocabulary + (parts * num_features if parts > 1 else 0))
+            possible += [Chunks(rows, parts) for rows in range(least, held + 1, TILE_ROWS)]
+    if not possible:
+        return Chunks(most, 1)
+    return min(possible, key=lambda chunks: (_seconds(num_rows, num_features, vocabulary, chunks), -chunks.rows))
+
+
+def _seconds(num_rows: int, num_features: int, vocabulary: int, chunks: Chunks) -> float:
+    """What depends on the chunks: the products that give the hidden states' gradient, in whole waves of tiles, and the traffic of the
+    weight's gradient and of parts.
+    """
+    whole, rest = divmod(num_rows, chunks.rows)
 
     def waves(rows: int) -> int:
-        tiles = -(-rows // TILE_ROWS) * -(-num_features // TILE_COLUMNS)
+        tiles = -(-rows // TILE_ROWS) * -(-num_features // TILE_COLUMNS) * chunks.parts
         return -(-tiles // MULTIPROCESSORS)
 
-    num_waves = whole * waves(rows) + (waves(rest) if rest else 0)
-    tile = 2.0 * TILE_ROWS * TILE_COLUMNS * vocabulary
-    traffic = 2.0 * 2 * (whole + (rest > 0)) * vocabulary * num_features
-    return num_waves * tile * MULTIPROCESSORS / FLOPS + traffic / BYTES_A_SECOND
+    num_waves = whole * waves(chunks.rows) + (waves(rest) if rest else 0)
+    tile = 2.0 * TILE_ROWS * TILE_COLUMNS * vocabulary / chunks.parts
+    numbers = 2 * (whole + (rest > 0)) * vocabulary * num_features
+    if chunks.parts > 1:
+        numbers += (2 * chunks.parts + 1) * num_rows * num_features
+    return num_waves * tile * MULTIPROCESSORS / FLOPS + 2.0 * numbers / BYTES_A_SECOND
 
 
 def _forward(
@@ -113,12 +134,14 @@ def _forward(
     terms = LossTerms(ignore_index, z_loss, smoothing)
     (num_rows, num_features), vocabulary = hidden.shape, len(weight)
     most = most_rows(vocabulary, hidden.dtype, budget_bytes)
-    chunk = chunk_rows(num_rows, num_features, vocabulary, most)
+    chunks = chunks_of(num_rows, num_features, vocabulary, most)
     made = _gradients_to_be(hidden, weight, bias, needs, most)
     found = hidden.new_empty(num_rows, dtype=torch.float32)
-    buffer = hidden.new_empty((chunk, vocabulary))
-    for start in range(0, num_rows, chunk):
-        rows = slice(start, min(start + chunk, num_rows))
+    # Rows begin at multiples of 16 bytes, which products are several times as fast with.
+    step = 16 // hidden.element_size()
+    buffer = hidden.new_empty((chunks.rows, -(-vocabulary // step) * step))[:, :vocabulary]
+    for start in range(0, num_rows, chunks.rows):
+        rows = slice(start, min(start + chunks.rows, num_rows))
         some, of_rows = hidden[rows], labels[rows]
         logits = buffer[: len(some)]
         if bias is None:
@@ -131,7 +154,7 @@ def _forward(
         write_losses_and_gradients(logits, of_rows, terms, found[rows])
         grad_hidden, grad_weight, grad_bias = made
         if needs[0]:
-            torch.mm(logits, weight, out=grad_hidden[rows])
+            _write_product(grad_hidden[rows], logits, weight, chunks.parts)
         if needs[1]:
             _add_product(grad_weight, logits, some, first=start == 0)
         if needs[2]:
@@ -153,10 +176,22 @@ def _gradients_to_be(
     )
 
 
+def _write_product(target: Tensor, grad_logits: Tensor, weight: Tensor, parts: int) -> None:
+    """grad_logits [C, V] weight [V, D]; in parts, each of them rounded, and their sum."""
+    if parts == 1:
+        torch.mm(grad_logits, weight, out=target)
+        return
+    of_parts = grad_logits.unflatten(1, (parts, -1)).transpose(0, 1)
+    torch.sum(torch.bmm(of_parts, weight.unflatten(0, (parts, -1))), 0, out=target)
+
+
 def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
     """total [V, D] + grad_logits [C, V]^T hidden [C, D]; with `first`, whatever total holds."""
     if total.dtype == hidden.dtype:
-        torch.addmm(total, grad_logits.t(), hidden, beta=0.0 if first else 1.0, out=total)
+        if first:
+            torch.mm(grad_logits.t(), hidden, out=total)
+        else:
+            torch.addmm(total, grad_logits.t(), hidden, out=total)
         return
     words = max(1, SLICE_BYTES // (hidden.shape[1] * hidden.element_size()))
     for part, of_part in zip(total.split(words), grad_logits.t().split(words), strict=True):
@@ -199,7 +234,8 @@ def _gradients(ctx: Any, grad_total: Tensor | None, *rest: None) -> tuple[Tensor
     # Of one dimension: a number of none would be rounded to the gradients' dtype before it is multiplied.
     factor = grad_total.reshape(1)
     hidden, weight, bias = (
-        gradient.mul_(factor) if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        scale_in_place(gradient, factor) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     of_weight, of_bias = ctx.dtypes
     return (
@@ -214,9 +250,4 @@ differentiate("linear_cross_entropy", _gradients, _save)
 
 
 def builds() -> tuple[Build, ...]:
-    """A vocabulary that is read twice, and one that fits into a program."""
-    return (
-        *in_place_builds("bf16", IN_PLACE_BLOCK, whole=False),
-        *in_place_builds("fp32", IN_PLACE_BLOCK, whole=False),
-        *in_place_builds("bf16", WHOLE_BLOCK, whole=True),
-    )
+    return (*in_place_builds(), *scale_builds())

@@ -16,55 +16,97 @@ from torch import Tensor
 from colossal_core.ops.cross_entropy import LossTerms
 from colossal_core.ops.vocabulary import Words
 from colossal_kernels.builds import Build
-from colossal_kernels.losses.formulas import LARGEST, gradient_of_block, grown, logarithm, loss_of_row
+from colossal_kernels.losses.formulas import (
+    LARGEST,
+    behind,
+    gradient_of_block,
+    head_of,
+    logarithm,
+    loss_of_row,
+    sums_of_row,
+)
 
 MULTIPROCESSORS = 132
 """Of an H200. Fixed, so that sums are taken in the same order on every GPU."""
-READ_BLOCK, READ_WARPS, READ_STAGES = 4096, 8, 3
+READ_BLOCK, READ_WARPS, READ_STAGES = 4096, 4, 3
 """Statistics: columns at a time, warps of a program, loads in flight."""
 READ_PROGRAMS = 4 * MULTIPROCESSORS
 """With fewer rows than half of this, several programs share a row."""
-WRITE_BLOCK, WRITE_WARPS, WRITE_BLOCKS = 4096, 8, 4
-"""Gradient: columns at a time, warps, and how many times a program does it."""
+WRITE_BLOCK, WRITE_WARPS = 4096, 4
+"""Gradient: columns of a program, and its warps."""
 MERGE_ROWS = 128
 """Rows of a program that joins parts."""
 
 
 @triton.jit
 def _statistics_kernel(
-    logits, labels, parts, row_stride, num_rows, num_columns, first, ignore_index, columns_a_part, num_parts,
-    SUM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    logits, labels, parts, lse, losses, row_stride, num_rows, num_columns, first, num_words, ignore_index, z_loss, smoothing,
+    columns_a_part, num_parts, LOSS: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, WHOLE: tl.constexpr,
+    HEADED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """parts [S, 3 or 4, N]: maximum (finite), sum of exponentials relative to it, the label's logit or 0, sum of logits."""
+    """parts [S, 3 or 4, N]: maximum (finite), sum of exponentials relative to it, the label's logit or 0, sum of logits. WHOLE: a row is
+    one part, and what `_merge_kernel` would make of it is written at once.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = program // num_parts
-    part = program % num_parts
+    part = (program % num_parts).to(tl.int32)
     label = tl.load(labels + row).to(tl.int64)
-    counts = label != ignore_index
-    start = (part * columns_a_part).to(tl.int32)
-    stop = tl.where(counts, tl.minimum(start + columns_a_part, num_columns), start)
     x = logits + row * row_stride
-    columns = tl.arange(0, BLOCK)
-    largest = tl.full((), -LARGEST, tl.float32)
-    sums_B = tl.zeros((BLOCK,), tl.float32)
-    total_B = tl.zeros((BLOCK,), tl.float32)
-    for column in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        inside = column + columns < stop
-        x_B = tl.load(x + column + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        largest, sums_B = grown(largest, sums_B, x_B)
-        if SUM:
-            total_B += tl.where(inside, x_B, 0.0)
-    place = label - first
-    own = (place >= start) & (place < stop)
+    head = head_of(x, HEADED)
+    x = behind(x, head, HEADED)
+    start = part * columns_a_part
+    stop = tl.minimum(start + columns_a_part, num_columns - head)
+    # The head belongs to the first part.
+    place = label - first - head
+    if HEADED:
+        head = tl.where(part == 0, head, 0)
+    begin = start - head
+    stop = tl.where(label != ignore_index, stop, begin)
+    largest, found, total = sums_of_row(x, head, start, stop, SUM, HEADED, BLOCK, STAGES)
+    own = (place >= begin) & (place < stop)
     chosen = tl.load(x + tl.where(own, place, 0), mask=own, other=0.0).to(tl.float32)
-    out = parts + part * (3 + SUM) * num_rows + row
-    tl.store(out, largest)
-    out += num_rows
-    tl.store(out, tl.sum(sums_B, axis=0))
-    out += num_rows
-    tl.store(out, chosen)
-    if SUM:
-        tl.store(out + num_rows, tl.sum(total_B, axis=0))
+    if WHOLE:
+        _finish(
+            largest, found, chosen, total, label, row, num_rows, parts, lse, losses, num_words, ignore_index, z_loss, smoothing,
+            LOSS, SUM, Z,
+        )  # fmt: skip
+    else:
+        out = parts + part.to(tl.int64) * (3 + SUM) * num_rows + row
+        tl.store(out, largest)
+        out += num_rows
+        tl.store(out, found)
+        out += num_rows
+        tl.store(out, chosen)
+        if SUM:
+            tl.store(out + num_rows, total)
+
+
+@triton.jit
+def _finish(
+    largest, found, chosen, total, label, row, num_rows, merged, lse, losses, num_words, ignore_index, z_loss, smoothing,
+    LOSS: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """Writes what is known of whole rows: statistics [3 or 4, N], or (LOSS) logsumexp and loss."""
+    inside = row < num_rows
+    counts = inside & (label != ignore_index)
+    if LOSS:
+        lse_of_row = tl.where(counts, logarithm(found) + largest, 0.0)
+        loss = loss_of_row(lse_of_row, chosen, total, num_words, z_loss, smoothing, SUM, Z)
+        # A label that is no word has no logit, and must not pass for one of zero.
+        loss = tl.where((label >= 0) & (label < num_words), loss, float("nan"))
+        tl.store(lse + row, lse_of_row, mask=inside)
+        tl.store(losses + row, tl.where(counts, loss, 0.0), mask=inside)
+    else:
+        largest = tl.where(largest >= LARGEST, float("inf"), largest)
+        largest = tl.where(largest <= -LARGEST, float("-inf"), largest)
+        target = merged + row
+        tl.store(target, tl.where(counts, largest, 0.0), mask=inside)
+        target += num_rows
+        tl.store(target, found, mask=inside)
+        target += num_rows
+        tl.store(target, chosen, mask=inside)
+        if SUM:
+            tl.store(target + num_rows, total, mask=inside)
 
 
 @triton.jit
@@ -94,57 +136,75 @@ def _merge_kernel(
             total_R += tl.load(source, mask=inside, other=0.0)
             source += num_rows
     label_R = tl.load(labels + row_R, mask=inside, other=0).to(tl.int64)
-    counts = inside & (label_R != ignore_index)
-    if LOSS:
-        lse_R = tl.where(counts, logarithm(sum_R) + largest_R, 0.0)
-        loss_R = loss_of_row(lse_R, chosen_R, total_R, num_words, z_loss, smoothing, SUM, Z)
-        # A label that is no word has no logit, and must not pass for one of zero.
-        loss_R = tl.where((label_R >= 0) & (label_R < num_words), loss_R, float("nan"))
-        tl.store(lse + row_R, lse_R, mask=inside)
-        tl.store(losses + row_R, tl.where(counts, loss_R, 0.0), mask=inside)
-    else:
-        largest_R = tl.where(largest_R >= LARGEST, float("inf"), largest_R)
-        largest_R = tl.where(largest_R <= -LARGEST, float("-inf"), largest_R)
-        target = merged + row_R
-        tl.store(target, tl.where(counts, largest_R, 0.0), mask=inside)
-        target += num_rows
-        tl.store(target, sum_R, mask=inside)
-        target += num_rows
-        tl.store(target, chosen_R, mask=inside)
-        if SUM:
-            tl.store(target + num_rows, total_R, mask=inside)
+    _finish(
+        largest_R, sum_R, chosen_R, total_R, label_R, row_R, num_rows, merged, lse, losses, num_words, ignore_index, z_loss,
+        smoothing, LOSS, SUM, Z,
+    )  # fmt: skip
 
 
 @triton.jit
 def _gradient_kernel(
     scale, logits, labels, lse, gradient, row_stride, gradient_stride, num_columns, own_columns, first, num_words,
-    ignore_index, z_loss, smoothing, num_parts,
-    Z: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ignore_index, z_loss, smoothing, num_parts, Z: tl.constexpr, HEADED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """gradient may be logits. Columns from own_columns on are padding."""
     program = tl.program_id(0).to(tl.int64)
     row = program // num_parts
     label = tl.load(labels + row).to(tl.int64)
-    place = label - first
-    place = tl.where(place < own_columns, place, -1)
     x = logits + row * row_stride
     out = gradient + row * gradient_stride
-    columns = (program % num_parts).to(tl.int32) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK)
+    head = head_of(x, HEADED)
+    x = behind(x, head, HEADED)
+    out = behind(out, head, HEADED)
+    stop, own_stop = num_columns - head, own_columns - head
+    place = label - first - head
+    place = tl.where(place < own_stop, place, num_columns)
+    begin = (program % num_parts).to(tl.int32) * BLOCK
+    columns = begin + tl.arange(0, BLOCK)
     if label != ignore_index:
         factor = tl.load(scale).to(tl.float32)
         lse_of_row = tl.load(lse + row)
-        for _ in tl.static_range(BLOCKS):
-            inside = columns < num_columns
-            x_B = tl.load(x + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            found_B = gradient_of_block(x_B, columns, lse_of_row, place, z_loss, smoothing, num_words, Z) * factor
-            found_B = tl.where(columns < own_columns, found_B, 0.0)
-            tl.store(out + columns, found_B.to(gradient.dtype.element_ty), mask=inside)
-            columns += BLOCK
+        if begin + BLOCK <= own_stop:
+            x_B = tl.load(x + columns).to(tl.float32)
+            found_B = gradient_of_block(x_B, columns, lse_of_row, place, z_loss, smoothing, num_words, factor, Z)
+            tl.store(out + columns, found_B.to(gradient.dtype.element_ty))
+        else:
+            _write_some(
+                x, out, columns, columns < stop, own_stop, factor, lse_of_row, place, z_loss, smoothing, num_words, Z
+            )
+        if HEADED and begin == 0:
+            column = tl.arange(0, 8) - 8
+            inside = (column >= -head) & (column < stop)
+            _write_some(x, out, column, inside, own_stop, factor, lse_of_row, place, z_loss, smoothing, num_words, Z)
     else:
         nothing_B = tl.zeros((BLOCK,), tl.float32).to(gradient.dtype.element_ty)
-        for _ in tl.static_range(BLOCKS):
-            tl.store(out + columns, nothing_B, mask=columns < num_columns)
-            columns += BLOCK
+        tl.store(out + columns, nothing_B, mask=columns < stop)
+        if HEADED and begin == 0:
+            column = tl.arange(0, 8) - 8
+            nothing_W = tl.zeros((8,), tl.float32).to(gradient.dtype.element_ty)
+            tl.store(out + column, nothing_W, mask=(column >= -head) & (column < stop))
+
+
+@triton.jit
+def _write_some(
+    x, out, columns, inside, own_stop, factor, lse_of_row, place, z_loss, smoothing, num_words, Z: tl.constexpr
+):
+    """The gradient of the columns that are inside; zero from own_stop on."""
+    x_B = tl.load(x + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    found_B = gradient_of_block(x_B, columns, lse_of_row, place, z_loss, smoothing, num_words, factor, Z)
+    found_B = tl.where(columns < own_stop, found_B, 0.0)
+    tl.store(out + columns, found_B.to(out.dtype.element_ty), mask=inside)
+
+
+def has_heads(num_columns: int, *tensors: Tensor) -> bool:
+    """Whether columns of these, of which num_columns are used, are to be counted from multiples of 16 bytes: not where a launch sees by
+    itself that rows begin and end at such, and not where a row begins at different places between two of them in different tensors.
+    """
+    item, first = tensors[0].element_size(), tensors[0]
+    if num_columns % 16 == 0 and all(t.stride(0) % 16 == 0 == t.data_ptr() % 16 for t in tensors):
+        return False
+    strides, addresses = ([f(t) - f(first) for t in tensors] for f in (lambda t: t.stride(0) * item, Tensor.data_ptr))
+    return not any(difference % 16 for difference in (*strides, *addresses))
 
 
 def parts_of_a_row(num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -155,41 +215,46 @@ def parts_of_a_row(num_rows: int, num_columns: int) -> tuple[int, int]:
     return triton.cdiv(blocks, blocks_a_part), blocks_a_part * READ_BLOCK
 
 
-def _read(logits: Tensor, labels: Tensor, words: Words, terms: LossTerms) -> Tensor:
-    """Statistics of the parts of each row: [S, 3 or 4, N]."""
-    num_rows, num_parts, columns_a_part = len(labels), *parts_of_a_row(len(labels), words.size)
-    has_sum = terms.smoothing != 0.0
-    parts = logits.new_empty((num_parts, 3 + has_sum, num_rows), dtype=torch.float32)
-    _statistics_kernel[(num_rows * num_parts,)](
-        logits, labels, parts, logits.stride(0), num_rows, words.size, words.start, terms.ignore_index,
-        columns_a_part, num_parts, has_sum, READ_BLOCK, READ_STAGES, num_warps=READ_WARPS,
-    )  # fmt: skip
-    return parts
-
-
 def statistics(logits: Tensor, labels: Tensor, words: Words, terms: LossTerms) -> Tensor:
     """The op `vocabulary_statistics` of at least one row, whose columns are neighbours."""
-    parts = _read(logits, labels, words, terms)
-    num_rows = len(labels)
-    merged = torch.empty_like(parts[0])
-    _merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
-        parts, labels, merged, merged, merged, num_rows, len(parts), words.total, terms.ignore_index, 0.0, 0.0,
-        False, terms.smoothing != 0.0, False, MERGE_ROWS, num_warps=4,
-    )  # fmt: skip
+    merged = logits.new_empty((3 + (terms.smoothing != 0.0), len(labels)), dtype=torch.float32)
+    _read(logits, labels, words, terms, (merged, merged, merged), is_loss=False)
     return merged
 
 
 def losses(logits: Tensor, labels: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
     """The loss and logsumexp of each row [N], float32; at least one row, whose columns are neighbours."""
     num_rows, num_columns = logits.shape
-    parts = _read(logits, labels, Words(0, num_columns, num_columns), terms)
-    found, lse = torch.empty_like(parts[0, 0]), torch.empty_like(parts[0, 0])
-    _merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
-        parts, labels, parts, lse, found, num_rows, len(parts), num_columns, terms.ignore_index,
-        terms.z_loss, terms.smoothing,
-        True, terms.smoothing != 0.0, terms.z_loss != 0.0, MERGE_ROWS, num_warps=4,
-    )  # fmt: skip
+    found, lse = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    _read(logits, labels, Words(0, num_columns, num_columns), terms, (lse, lse, found), is_loss=True)
     return found, lse
+
+
+def _read(
+    logits: Tensor,
+    labels: Tensor,
+    words: Words,
+    terms: LossTerms,
+    targets: tuple[Tensor, Tensor, Tensor],
+    *,
+    is_loss: bool,
+) -> None:
+    """targets: statistics, logsumexp and losses, of which `is_loss` says which are written."""
+    num_rows = len(labels)
+    num_parts, columns_a_part = parts_of_a_row(num_rows, words.size)
+    has_sum, has_z, whole = terms.smoothing != 0.0, terms.z_loss != 0.0, num_parts == 1
+    merged, lse, found = targets
+    parts = merged if whole else logits.new_empty((num_parts, 3 + has_sum, num_rows), dtype=torch.float32)
+    _statistics_kernel[(num_rows * num_parts,)](
+        logits, labels, parts, lse, found, logits.stride(0), num_rows, words.size, words.start, words.total,
+        terms.ignore_index, terms.z_loss, terms.smoothing, columns_a_part, num_parts,
+        is_loss, has_sum, has_z, whole, has_heads(words.size, logits), READ_BLOCK, READ_STAGES, num_warps=READ_WARPS,
+    )  # fmt: skip
+    if not whole:
+        _merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+            parts, labels, merged, lse, found, num_rows, num_parts, words.total, terms.ignore_index,
+            terms.z_loss, terms.smoothing, is_loss, has_sum, has_z, MERGE_ROWS, num_warps=4,
+        )  # fmt: skip
 
 
 def write_gradient(
@@ -197,11 +262,11 @@ def write_gradient(
 ) -> None:
     """The op `vocabulary_gradient`, into `gradient`, which may be the logits; at least one row."""
     num_rows, num_columns = logits.shape
-    num_parts = triton.cdiv(num_columns, WRITE_BLOCK * WRITE_BLOCKS)
+    num_parts = triton.cdiv(num_columns, WRITE_BLOCK)
     _gradient_kernel[(num_rows * num_parts,)](
         scale, logits, labels, lse, gradient, logits.stride(0), gradient.stride(0), num_columns, words.size,
         words.start, words.total, terms.ignore_index, terms.z_loss, terms.smoothing, num_parts,
-        terms.z_loss != 0.0, WRITE_BLOCK, WRITE_BLOCKS, num_warps=WRITE_WARPS,
+        terms.z_loss != 0.0, has_heads(num_columns, logits, gradient), WRITE_BLOCK, num_warps=WRITE_WARPS,
     )  # fmt: skip
 
 
@@ -212,16 +277,21 @@ def row_builds(dtype: str) -> tuple[Build, ...]:
     sizes |= {"columns_a_part": "i32", "gradient_stride": "i32", "labels": "*i64"}
     floats = dict.fromkeys(("parts", "merged", "lse", "losses", "scale"), "*fp32")
     types = sizes | floats | dict.fromkeys(("logits", "gradient"), f"*{dtype}")
-    aligned = ("row_stride", "gradient_stride", "num_columns", "columns_a_part")
+    aligned = ("row_stride", "gradient_stride", "num_columns", "own_columns")
 
     def build(name: str, kernel: Any, warps: int, **constants: Any) -> Build:
         needed = {name: types[name] for name in kernel.arg_names if name in types}
-        return Build(f"{name} {dtype}", kernel, needed, constants, warps, READ_STAGES, aligned)
+        strides = () if constants.get("HEADED") else aligned
+        return Build(f"{name} {dtype}", kernel, needed, constants, warps, READ_STAGES, ("columns_a_part", *strides))
 
-    read = {"BLOCK": READ_BLOCK, "STAGES": READ_STAGES}
+    read = {"LOSS": True, "WHOLE": True, "BLOCK": READ_BLOCK, "STAGES": READ_STAGES}
+    plain, terms = {"SUM": False, "Z": False}, {"SUM": True, "Z": True}
+    write = {"Z": True, "BLOCK": WRITE_BLOCK}
     return (
-        build("loss statistics", _statistics_kernel, READ_WARPS, SUM=False, **read),
-        build("loss statistics, smoothing", _statistics_kernel, READ_WARPS, SUM=True, **read),
-        build("loss merge", _merge_kernel, 4, LOSS=True, SUM=True, Z=True, BLOCK=MERGE_ROWS),
-        build("loss gradient", _gradient_kernel, WRITE_WARPS, Z=True, BLOCK=WRITE_BLOCK, BLOCKS=WRITE_BLOCKS),
+        build("loss statistics", _statistics_kernel, READ_WARPS, HEADED=False, **plain, **read),
+        build("loss statistics, all terms", _statistics_kernel, READ_WARPS, HEADED=False, **terms, **read),
+        build("loss statistics, any length", _statistics_kernel, READ_WARPS, HEADED=True, **terms, **read),
+        build("loss merge", _merge_kernel, 4, LOSS=True, BLOCK=MERGE_ROWS, **terms),
+        build("loss gradient", _gradient_kernel, WRITE_WARPS, HEADED=False, **write),
+        build("loss gradient, any length", _gradient_kernel, WRITE_WARPS, HEADED=True, **write),
     )

@@ -22,8 +22,12 @@ from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
 from colossal_kernels.low_precision.fp8_codes import fp8_codes
 
-TILE_ELEMENTS = 4096
-"""Numbers of one program."""
+TILE_ELEMENTS, TILE_WARPS = 4096, 4
+"""Numbers of one program that quantizes."""
+SUM_TILES, SUM_WARPS = 1, 8
+"""Tiles of one program that sums, of four numbers for each thread: 4 bytes of codes and 16 of sums, so that none change threads."""
+MOST_AT_ONCE = 8
+"""Parts that are read before any is summed."""
 MOST_BLOCK = 1 << 13
 _FORMATS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -58,16 +62,16 @@ def _quantize_kernel(
     places_RB = blocks_R[:, None] * block + places_B[None, :]
     inside_RB = (places_B < block)[None, :] & (places_RB < num_elements)
     x_RB = tl.load(x + places_RB, mask=inside_RB, other=0.0).to(tl.float32)
-    magnitudes_RB = tl.abs(x_RB)
-    finite_R = tl.min((magnitudes_RB < float("inf")).to(tl.int32), axis=1) > 0
-    known_RB = tl.where(finite_R[:, None], x_RB, 0.0)
-    largest_R = tl.maximum(tl.max(tl.abs(known_RB), axis=1), SMALLEST)
+    # Bits of magnitudes are ordered as they are, and those of what is not finite lie above.
+    bits_R = tl.max(x_RB.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    finite_R = bits_R < 0x7F800000
+    largest_R = tl.maximum(tl.where(finite_R, bits_R, 0).to(tl.float32, bitcast=True), SMALLEST)
     most_R = tl.full((R,), MOST, dtype=tl.float32)
-    scaled_RB = known_RB * tl.div_rn(most_R, largest_R)[:, None]
-    scaled_RB = tl.minimum(tl.maximum(scaled_RB, -MOST), MOST)
+    # No product lies above MOST by more than rounding takes away.
+    scaled_RB = tl.where(finite_R[:, None], x_RB, 0.0) * tl.div_rn(most_R, largest_R)[:, None]
     if INT8:
-        # The nearest integer, ties to even: beside 1.5 * 2^23 a float32 has no fraction.
-        codes_RB = ((scaled_RB + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True)
+        # The nearest integer, ties to even, in the lowest bits: beside 1.5 * 2^23 a float32 has no fraction.
+        codes_RB = (scaled_RB + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)
     else:
         codes_RB = fp8_codes(scaled_RB, E5M2, INTERPRETED)
     tl.store(codes + places_RB, codes_RB, mask=inside_RB)
@@ -78,26 +82,34 @@ def _quantize_kernel(
 @triton.jit
 def _sum_kernel(
     codes, scales, total, part_stride, scale_stride, num_elements, num_blocks, num_parts, block,
-    R: tl.constexpr, B2: tl.constexpr,
+    AT_ONCE: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
-    blocks_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     places_B = tl.arange(0, B2)
-    places_RB = blocks_R[:, None] * block + places_B[None, :]
-    inside_RB = (places_B < block)[None, :] & (places_RB < num_elements)
-    sum_RB = tl.zeros((R, B2), dtype=tl.float32)
-    for _ in range(num_parts):
-        codes_RB = tl.load(codes + places_RB, mask=inside_RB).to(tl.float32)
-        scale_R = tl.load(scales + blocks_R, mask=blocks_R < num_blocks, other=0.0)
-        sum_RB += codes_RB * scale_R[:, None]
-        codes += part_stride
-        scales += scale_stride
-    tl.store(total + places_RB, sum_RB.to(total.dtype.element_ty), mask=inside_RB)
+    for tile in tl.static_range(TILES):
+        blocks_R = (tl.program_id(0).to(tl.int64) * TILES + tile) * R + tl.arange(0, R)
+        places_RB = blocks_R[:, None] * block + places_B[None, :]
+        inside_RB = (places_B < block)[None, :] & (places_RB < num_elements)
+        sum_RB = tl.zeros((R, B2), dtype=tl.float32)
+        source_RB, scale_source_R = codes + places_RB, scales + blocks_R
+        left_1 = tl.zeros((1,), dtype=tl.int32) + num_parts
+        for _ in range(tl.cdiv(num_parts, AT_ONCE)):
+            for part in tl.static_range(AT_ONCE):
+                there_R = (blocks_R < num_blocks) & (left_1 > part)
+                codes_RB = tl.load(source_RB + part * part_stride, mask=inside_RB & there_R[:, None], other=0.0).to(
+                    tl.float32
+                )
+                scale_R = tl.load(scale_source_R + part * scale_stride, mask=there_R, other=0.0)
+                sum_RB += codes_RB * scale_R[:, None]
+            source_RB += AT_ONCE * part_stride
+            scale_source_R += AT_ONCE * scale_stride
+            left_1 -= AT_ONCE
+        tl.store(total + places_RB, sum_RB.to(total.dtype.element_ty), mask=inside_RB)
 
 
-def _rows_of(block: int) -> tuple[int, int]:
+def _rows_of(block: int, tile_elements: int) -> tuple[int, int]:
     """R and B2."""
     size = triton.next_power_of_2(block)
-    return max(TILE_ELEMENTS // size, 1), size
+    return max(tile_elements // size, 1), size
 
 
 def _most(dtype: torch.dtype) -> float:
@@ -107,10 +119,11 @@ def _most(dtype: torch.dtype) -> float:
 def _quantize(x: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     flat = x.contiguous()
     codes, scales = _quantize_fake(x, block, dtype)
-    rows, size = _rows_of(block)
+    rows, size = _rows_of(block, TILE_ELEMENTS)
     _quantize_kernel[(triton.cdiv(len(scales), rows),)](
         flat, codes.view(torch.uint8), scales, x.numel(), len(scales), block,
         dtype == torch.int8, _most(dtype), SMALLEST, dtype == torch.float8_e5m2, interpreted(), rows, size,
+        num_warps=TILE_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scales
 
@@ -119,11 +132,11 @@ def _sum(codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tenso
     codes_PN = codes if codes.stride(1) == 1 else codes.contiguous()
     scales_PB = scales if scales.stride(1) == 1 else scales.contiguous()
     total = _sum_fake(codes, scales, block, dtype)
-    rows, size = _rows_of(block)
+    rows, size = _rows_of(block, 128 * SUM_WARPS)
     num_blocks = scales.shape[1]
-    _sum_kernel[(triton.cdiv(num_blocks, rows),)](
+    _sum_kernel[(triton.cdiv(num_blocks, rows * SUM_TILES),)](
         codes_PN, scales_PB, total, codes_PN.stride(0), scales_PB.stride(0), codes.shape[1], num_blocks, len(codes), block,
-        rows, size, enable_fp_fusion=False,
+        min(len(codes), MOST_AT_ONCE), SUM_TILES, rows, size, num_warps=SUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return total
 
@@ -155,16 +168,18 @@ def builds() -> tuple[Build, ...]:
         "num_blocks": "i32",
         "block": "i32",
     }
-    rows, size = _rows_of(BLOCK)
+    rows, size = _rows_of(BLOCK, TILE_ELEMENTS)
     numbers = {"SMALLEST": SMALLEST, "E5M2": False, "INTERPRETED": False, "R": rows, "B2": size}
     aligned = ("num_elements", "block", "part_stride")
     found = [
-        Build(f"quantize_blocks {name}", _quantize_kernel, types, {**numbers, **kind}, aligned=aligned)
+        Build(f"quantize_blocks {name}", _quantize_kernel, types, {**numbers, **kind}, TILE_WARPS, aligned=aligned)
         for name, kind in (("int8", {"INT8": True, "MOST": 127.0}), ("fp8", {"INT8": False, "MOST": 448.0}))
     ]
     sums = {"scales": "*fp32", "total": "*fp32", "part_stride": "i64", "scale_stride": "i64", "num_elements": "i64"}
     sums |= {"num_parts": "i32", "num_blocks": "i32", "block": "i32"}
-    for name, codes in (("int8", "*i8"), ("fp8", "*fp8e4nv")):
-        kind, constants = {**sums, "codes": codes}, {"R": rows, "B2": size}
-        found.append(Build(f"dequantize_blocks_sum {name}", _sum_kernel, kind, constants, aligned=aligned))
+    rows, size = _rows_of(BLOCK, 128 * SUM_WARPS)
+    for name, codes, parts in (("int8", "*i8", 4), ("fp8", "*fp8e4nv", 8)):
+        kind = {**sums, "codes": codes}
+        constants = {"AT_ONCE": parts, "TILES": SUM_TILES, "R": rows, "B2": size}
+        found.append(Build(f"dequantize_blocks_sum {name}", _sum_kernel, kind, constants, SUM_WARPS, aligned=aligned))
     return tuple(found)

@@ -29,16 +29,20 @@ def fp8_codes(values, E5M2: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def scaled_codes(values, one_over_scale, MOST: tl.constexpr, E5M2: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Codes of float32 `values` times their factor; what is not finite is NaN."""
-    finite = tl.abs(values) < float("inf")
-    scaled = tl.where(finite, values, 0.0) * one_over_scale
-    clamped = tl.minimum(tl.maximum(scaled, -MOST), MOST)
-    return fp8_codes(tl.where(finite, clamped, float("nan")), E5M2, INTERPRETED)
+def scaled_codes(values, factor, E5M2: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes of float32 `values` times their factor: the format's largest number over the largest of theirs, so that no product lies above
+    it by more than rounding takes away. What is not finite is NaN: zero times it is added, and zero of its own sign elsewhere.
+    """
+    return fp8_codes(values * factor + values * 0.0, E5M2, INTERPRETED)
 
 
 @triton.jit
-def finite_magnitudes(values):
-    """Of float32 values; what is not finite counts as zero."""
-    magnitudes = tl.abs(values)
-    return tl.where(magnitudes < float("inf"), magnitudes, 0.0)
+def finite_keys(values):
+    """int32, ordered as the magnitudes of float32 values, and negative for what is not finite: its bits plus one exponent overflow."""
+    return (values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 0x00800000
+
+
+@triton.jit
+def largest_bits(key):
+    """The bits of the float32 magnitude of a largest key; zero where none was finite."""
+    return tl.maximum(key, 0x00800000) - 0x00800000

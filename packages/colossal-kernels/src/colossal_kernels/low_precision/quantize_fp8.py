@@ -19,18 +19,24 @@ from colossal_kernels.builds import Build
 from colossal_kernels.fitting import has_fp8, kernels_take
 from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
-from colossal_kernels.low_precision.fp8_codes import finite_magnitudes, scaled_codes
+from colossal_kernels.low_precision.fp8_blocks import blocks_kernel, squares_kernel
+from colossal_kernels.low_precision.fp8_codes import finite_keys, largest_bits, scaled_codes
+from colossal_kernels.low_precision.fp8_tiles import factor_and_scale, numbers, places, store_transposed
 
-WARPS = 8
-"""Of a program that looks for the largest of tiles of 128 by 128: 64 elements a thread."""
-TILE_WARPS = 16
-"""Of a program that finds a tile's scales and codes: with 8, blocks and their transpose take 246 registers."""
-FREE_SIDE, FREE_WARPS = 64, 4
-"""Tile and warps where scales are known beforehand, so that tiles may be smaller: more of them at a time."""
-PARTS = 1024
-"""Most programs that look for the largest magnitude of a whole matrix."""
+LARGEST_TILE, LARGEST_WARPS = (64, 128), 4
+"""Of programs that look for largest magnitudes: 64 to 96 KiB under way on a multiprocessor."""
+LARGEST_PROGRAMS = 528
+"""Most of them for one scale of a whole matrix: the four that each of an H200's 132 multiprocessors holds."""
+CODES_TILE, CODES_WARPS = (64, 64), 4
+"""Of programs that are given the largest magnitudes: 32 elements a thread, 40 to 48 KiB under way on a multiprocessor."""
+BLOCK_PART, BLOCK_WARPS = 32, 4
+"""Of a tile of 128 by 128, the rows, and for the transposed codes the columns, of one program: few, for more programs a multiprocessor."""
+SQUARE_PART, SQUARE_WARPS = 64, 8
+"""Rows of a tile of 128 by 128 that are turned to codes at a time, once the whole has been looked through."""
 ROW_COLUMNS = 1 << 14
 """Rows up to this long are held in registers by one program each, read once."""
+ROW_WARP_ELEMENTS = 1024
+"""Elements of a row for each warp: 16 bytes for each thread, four times."""
 _FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -55,40 +61,29 @@ def quantize_fp8(
 
 
 @triton.jit
-def _tile(x, row_stride, num_rows, num_columns, tile, SIDE: tl.constexpr):
-    """A tile's rows, columns and numbers in float32, zero outside."""
-    across = tl.cdiv(num_columns, SIDE)
-    rows_R = (tile // across).to(tl.int64) * SIDE + tl.arange(0, SIDE)
-    columns_C = (tile % across).to(tl.int64) * SIDE + tl.arange(0, SIDE)
-    inside_RC = (rows_R < num_rows)[:, None] & (columns_C < num_columns)[None, :]
-    x_RC = tl.load(x + rows_R[:, None] * row_stride + columns_C[None, :], mask=inside_RC, other=0.0)
-    return rows_R, columns_C, x_RC.to(tl.float32)
+def _largest_kernel(x, largest, row_stride, num_rows, num_columns, ROW: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """largest: zeros, the bits of float32 numbers: of all; ROW: of the rows [N] and, behind them, of the columns [D].
 
-
-@triton.jit
-def _largest_kernel(x, parts, row_stride, num_rows, num_columns, SIDE: tl.constexpr):
-    """The largest of a few tiles: parts [programs]."""
-    most_RC = tl.zeros((SIDE, SIDE), dtype=tl.float32)
-    num_tiles = tl.cdiv(num_rows, SIDE) * tl.cdiv(num_columns, SIDE)
-    tile = tl.program_id(0)
-    for _ in range(tl.cdiv(num_tiles - tile, tl.num_programs(0))):
-        _, _, x_RC = _tile(x, row_stride, num_rows, num_columns, tile, SIDE)
-        most_RC = tl.maximum(most_RC, finite_magnitudes(x_RC))
-        tile += tl.num_programs(0)
-    tl.store(parts + tl.program_id(0), tl.max(tl.max(most_RC, axis=1), axis=0))
-
-
-@triton.jit
-def _both_largest_kernel(x, row_parts, column_parts, row_stride, num_rows, num_columns, SIDE: tl.constexpr):
-    """The largest of each row and column of a tile: row_parts [tiles across, N], column_parts [tiles down, D]."""
-    tile = tl.program_id(0)
-    rows_R, columns_C, x_RC = _tile(x, row_stride, num_rows, num_columns, tile, SIDE)
-    across = tl.cdiv(num_columns, SIDE)
-    magnitudes_RC = finite_magnitudes(x_RC)
-    row_target = row_parts + (tile % across).to(tl.int64) * num_rows + rows_R
-    tl.store(row_target, tl.max(magnitudes_RC, axis=1), mask=rows_R < num_rows)
-    column_target = column_parts + (tile // across).to(tl.int64) * num_columns + columns_C
-    tl.store(column_target, tl.max(magnitudes_RC, axis=0), mask=columns_C < num_columns)
+    Bits of numbers that are not negative are ordered as they are, and a largest integer is the same in whatever order it is found.
+    """
+    if ROW:
+        rows_R, columns_C = places(tl.program_id(0), num_columns, R, C)
+        x_RC, _ = numbers(x, row_stride, rows_R, columns_C, num_rows, num_columns)
+        found_RC = finite_keys(x_RC)
+        of_row_R = largest_bits(tl.max(found_RC, axis=1))
+        tl.atomic_max(largest + rows_R, of_row_R, mask=rows_R < num_rows, sem="relaxed")
+        of_column_C = largest_bits(tl.max(found_RC, axis=0))
+        tl.atomic_max(largest + num_rows + columns_C, of_column_C, mask=columns_C < num_columns, sem="relaxed")
+    else:
+        most_RC = tl.zeros((R, C), dtype=tl.int32)
+        num_tiles = tl.cdiv(num_rows, R) * tl.cdiv(num_columns, C)
+        tile = tl.program_id(0)
+        for _ in range(tl.cdiv(num_tiles - tile, tl.num_programs(0))):
+            rows_R, columns_C = places(tile, num_columns, R, C)
+            x_RC, _ = numbers(x, row_stride, rows_R, columns_C, num_rows, num_columns)
+            most_RC = tl.maximum(most_RC, finite_keys(x_RC))
+            tile += tl.num_programs(0)
+        tl.atomic_max(largest, largest_bits(tl.max(tl.max(most_RC, axis=1), axis=0)), sem="relaxed")
 
 
 @triton.jit
@@ -99,83 +94,51 @@ def _rows_kernel(
 ):  # fmt: skip
     """Whole rows, a scale for each."""
     rows_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    columns_C = tl.arange(0, C)
-    inside_RC = (rows_R < num_rows)[:, None] & (columns_C < num_columns)[None, :]
-    x_RC = tl.load(x + rows_R[:, None] * row_stride + columns_C[None, :], mask=inside_RC, other=0.0).to(tl.float32)
-    largest_R = tl.maximum(tl.max(finite_magnitudes(x_RC), axis=1), SMALLEST)
-    factor_R = tl.div_rn(tl.full((R,), MOST, dtype=tl.float32), largest_R)
-    target_RC = codes + rows_R[:, None] * num_columns + columns_C[None, :]
-    tl.store(target_RC, scaled_codes(x_RC, factor_R[:, None], MOST, E5M2, INTERPRETED), mask=inside_RC)
-    scale_R = tl.div_rn(largest_R, tl.full((R,), MOST, dtype=tl.float32))
+    x_RC, inside_RC = numbers(x, row_stride, rows_R, tl.arange(0, C), num_rows, num_columns)
+    factor_R, scale_R = factor_and_scale(largest_bits(tl.max(finite_keys(x_RC), axis=1)), MOST, SMALLEST)
+    target_RC = codes + rows_R[:, None] * num_columns + tl.arange(0, C)[None, :]
+    tl.store(target_RC, scaled_codes(x_RC, factor_R[:, None], E5M2, INTERPRETED), mask=inside_RC)
     tl.store(scales + rows_R, scale_R, mask=rows_R < num_rows)
 
 
 @triton.jit
-def _tiles_kernel(
-    x, row_largest, column_largest, codes, scales, codes_t, scales_t, row_stride, num_rows, num_columns, num_parts,
-    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, MOST: tl.constexpr, SMALLEST: tl.constexpr, E5M2: tl.constexpr,
-    INTERPRETED: tl.constexpr, SIDE: tl.constexpr, PARTS: tl.constexpr,
+def _codes_kernel(
+    x, largest, codes, scales, codes_t, scales_t, row_stride, num_rows, num_columns,
+    MOST: tl.constexpr, SMALLEST: tl.constexpr, E5M2: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROW: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A tile, read once, and written once or twice.
-
-    row_largest: KIND tensor: [parts]; row: [N]; else of no use. column_largest: KIND row: [D].
+    """A tile whose largest magnitudes are known: as `_largest_kernel` writes them. The last tile first: it was read last, and may still lie
+    in the cache.
     """
-    tile = tl.program_id(0)
-    rows_R, columns_C, x_RC = _tile(x, row_stride, num_rows, num_columns, tile, SIDE)
-    across = tl.cdiv(num_columns, SIDE)
-    down, right = tile // across, tile % across
-    if KIND == "tensor":
-        parts = tl.arange(0, PARTS)
-        largest = tl.max(tl.load(row_largest + parts, mask=parts < num_parts, other=0.0), axis=0)
-        rows_most_R = tl.zeros((SIDE,), dtype=tl.float32) + largest
-    elif KIND == "row":
-        rows_most_R = tl.load(row_largest + rows_R, mask=rows_R < num_rows, other=0.0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    rows_R, columns_C = places(tile, num_columns, R, C)
+    x_RC, inside_RC = numbers(x, row_stride, rows_R, columns_C, num_rows, num_columns)
+    if ROW:
+        row_bits_R = tl.load(largest + rows_R, mask=rows_R < num_rows, other=0)
+        factor_R, scale_R = factor_and_scale(row_bits_R, MOST, SMALLEST)
+        tl.store(scales + rows_R, scale_R, mask=rows_R < tl.where(tile % tl.cdiv(num_columns, C) == 0, num_rows, 0))
     else:
-        rows_most_R = tl.max(finite_magnitudes(x_RC), axis=1)
-        if KIND == "128x128":
-            rows_most_R = tl.zeros((SIDE,), dtype=tl.float32) + tl.max(rows_most_R, axis=0)
-    most_R = tl.full((SIDE,), MOST, dtype=tl.float32)
-    rows_most_R = tl.maximum(rows_most_R, SMALLEST)
-    factor_R = tl.div_rn(most_R, rows_most_R)
-    scale_R = tl.div_rn(rows_most_R, most_R)
-    codes_RC = scaled_codes(x_RC, factor_R[:, None], MOST, E5M2, INTERPRETED)
-    inside_RC = (rows_R < num_rows)[:, None] & (columns_C < num_columns)[None, :]
+        bits_1 = tl.load(largest + tl.arange(0, 1))
+        factor_R, scale_1 = factor_and_scale(bits_1, MOST, SMALLEST)
+        tl.store(scales + tl.arange(0, 1), scale_1, mask=tl.arange(0, 1) == tile)
+    codes_RC = scaled_codes(x_RC, factor_R[:, None], E5M2, INTERPRETED)
     tl.store(codes + rows_R[:, None] * num_columns + columns_C[None, :], codes_RC, mask=inside_RC)
-    if KIND == "tensor":
-        tl.store(scales + tl.arange(0, SIDE), scale_R, mask=tl.arange(0, SIDE) < tl.where(tile == 0, 1, 0))
-    elif KIND == "row":
-        tl.store(scales + rows_R, scale_R, mask=rows_R < tl.where(right == 0, num_rows, 0))
-    elif KIND == "1x128":
-        tl.store(scales + right.to(tl.int64) * num_rows + rows_R, scale_R, mask=rows_R < num_rows)
-    else:
-        tl.store(scales + tile + tl.arange(0, SIDE), scale_R, mask=tl.arange(0, SIDE) < 1)
     if TRANSPOSED:
-        if KIND == "row" or KIND == "1x128":
-            if KIND == "row":
-                columns_most_C = tl.load(column_largest + columns_C, mask=columns_C < num_columns, other=0.0)
-                last = tl.where(down == 0, num_columns, 0)
-            else:
-                columns_most_C = tl.max(finite_magnitudes(x_RC), axis=0)
-                last = num_columns
-            columns_most_C = tl.maximum(columns_most_C, SMALLEST)
-            factor_C = tl.div_rn(tl.full((SIDE,), MOST, dtype=tl.float32), columns_most_C)
-            codes_RC = scaled_codes(x_RC, factor_C[None, :], MOST, E5M2, INTERPRETED)
-            scale_C = tl.div_rn(columns_most_C, tl.full((SIDE,), MOST, dtype=tl.float32))
-            tl.store(scales_t + down.to(tl.int64) * num_columns + columns_C, scale_C, mask=columns_C < last)
-        target_CR = codes_t + columns_C[:, None] * num_rows + rows_R[None, :]
-        inside_CR = (columns_C < num_columns)[:, None] & (rows_R < num_rows)[None, :]
-        tl.store(target_CR, tl.trans(codes_RC), mask=inside_CR)
+        if ROW:
+            column_bits_C = tl.load(largest + num_rows + columns_C, mask=columns_C < num_columns, other=0)
+            factor_C, scale_C = factor_and_scale(column_bits_C, MOST, SMALLEST)
+            tl.store(
+                scales_t + columns_C, scale_C, mask=columns_C < tl.where(tile < tl.cdiv(num_columns, C), num_columns, 0)
+            )
+            codes_RC = scaled_codes(x_RC, factor_C[None, :], E5M2, INTERPRETED)
+        store_transposed(codes_t, codes_RC, rows_R, columns_C, num_rows, num_columns)
 
 
 def _row_tile(num_columns: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program that holds whole rows."""
     columns = triton.next_power_of_2(num_columns)
-    return max(2048 // columns, 1), columns, min(max(columns // 512, 4), 16)
-
-
-def _tile_of(granularity: str) -> tuple[int, int]:
-    """Side and warps."""
-    return (FREE_SIDE, FREE_WARPS) if granularity in ("tensor", "row") else (SIDE, TILE_WARPS)
+    rows = max(2048 // columns, 1)
+    return rows, columns, min(max(rows * columns // ROW_WARP_ELEMENTS, 1), 16)
 
 
 def _quantize(x: Tensor, granularity: str, dtype: torch.dtype, transposed: bool) -> list[Tensor]:
@@ -184,29 +147,43 @@ def _quantize(x: Tensor, granularity: str, dtype: torch.dtype, transposed: bool)
     made = _quantize_fake(x, granularity, dtype, transposed)
     codes, scales = made[0].view(torch.uint8), made[1]
     codes_t, scales_t = (made[2].view(torch.uint8), made[3]) if transposed else (codes, scales)
-    numbers = (float(torch.finfo(dtype).max), SMALLEST, dtype == torch.float8_e5m2, interpreted())
-    tiles = triton.cdiv(num_rows, SIDE) * triton.cdiv(num_columns, SIDE)
+    formats = (float(torch.finfo(dtype).max), SMALLEST, dtype == torch.float8_e5m2, interpreted())
     sizes = (x_ND.stride(0), num_rows, num_columns)
-    if granularity == "row" and not transposed and num_columns <= ROW_COLUMNS:
+    squares = triton.cdiv(num_rows, SIDE) * triton.cdiv(num_columns, SIDE)
+    if granularity == "1x128":
+        fours = transposed and num_rows % 4 == 0
+        blocks_kernel[(squares * (SIDE // BLOCK_PART),)](
+            x_ND, codes, scales, codes_t.view(torch.int32) if fours else codes_t, scales_t, *sizes, *formats,
+            transposed, fours, SIDE, BLOCK_PART, num_warps=BLOCK_WARPS,
+        )  # fmt: skip
+    elif granularity == "128x128":
+        squares_kernel[(squares,)](
+            x_ND, codes, scales, codes_t, *sizes, *formats, transposed, SIDE, SQUARE_PART, num_warps=SQUARE_WARPS
+        )
+    elif granularity == "row" and not transposed and num_columns <= ROW_COLUMNS:
         rows, columns, warps = _row_tile(num_columns)
         grid = (triton.cdiv(num_rows, rows),)
-        _rows_kernel[grid](x_ND, codes, scales, *sizes, *numbers, rows, columns, num_warps=warps)
-        return made
-    row_largest, column_largest, parts = scales, scales, min(PARTS, tiles)
-    if granularity == "tensor":
-        row_largest = torch.empty(parts, dtype=torch.float32, device=x.device)
-        _largest_kernel[(parts,)](x_ND, row_largest, *sizes, SIDE, num_warps=WARPS)
-    elif granularity == "row":
-        row_parts = torch.empty(triton.cdiv(num_columns, SIDE), num_rows, dtype=torch.float32, device=x.device)
-        column_parts = torch.empty(triton.cdiv(num_rows, SIDE), num_columns, dtype=torch.float32, device=x.device)
-        _both_largest_kernel[(tiles,)](x_ND, row_parts, column_parts, *sizes, SIDE, num_warps=WARPS)
-        row_largest, column_largest = row_parts.amax(0), column_parts.amax(0)
-    side, warps = _tile_of(granularity)
-    _tiles_kernel[(triton.cdiv(num_rows, side) * triton.cdiv(num_columns, side),)](
-        x_ND, row_largest, column_largest, codes, scales, codes_t, scales_t, *sizes, parts,
-        granularity, transposed, *numbers, side, triton.next_power_of_2(parts), num_warps=warps,
-    )  # fmt: skip
+        _rows_kernel[grid](x_ND, codes, scales, *sizes, *formats, rows, columns, num_warps=warps)
+    else:
+        largest = _largest(x_ND, by_row=granularity == "row")
+        rows, columns = CODES_TILE
+        _codes_kernel[(triton.cdiv(num_rows, rows) * triton.cdiv(num_columns, columns),)](
+            x_ND, largest, codes, scales, codes_t, scales_t, *sizes, *formats,
+            granularity == "row", transposed, rows, columns, num_warps=CODES_WARPS,
+        )  # fmt: skip
     return made
+
+
+def _largest(x_ND: Tensor, *, by_row: bool) -> Tensor:
+    """What `_largest_kernel` writes."""
+    num_rows, num_columns = x_ND.shape
+    rows, columns = LARGEST_TILE
+    programs = triton.cdiv(num_rows, rows) * triton.cdiv(num_columns, columns)
+    largest = torch.zeros(num_rows + num_columns if by_row else 1, dtype=torch.int32, device=x_ND.device)
+    _largest_kernel[(programs if by_row else min(programs, LARGEST_PROGRAMS),)](
+        x_ND, largest, x_ND.stride(0), num_rows, num_columns, by_row, rows, columns, num_warps=LARGEST_WARPS
+    )
+    return largest
 
 
 def _quantize_fake(x: Tensor, granularity: str, dtype: torch.dtype, transposed: bool) -> list[Tensor]:
@@ -231,23 +208,25 @@ _QUANTIZE = define(
 
 def builds() -> tuple[Build, ...]:
     """Activations and weights of a model with 4096 features in bf16."""
-    types = {"x": "*bf16", "codes": "*u8", "codes_t": "*u8"}
-    types |= dict.fromkeys(("scales", "scales_t", "row_largest", "column_largest", "parts"), "*fp32")
-    types |= dict.fromkeys(("row_parts", "column_parts"), "*fp32")
-    types |= dict.fromkeys(("row_stride", "num_rows", "num_columns", "num_parts"), "i32")
+    types = {"x": "*bf16", "codes": "*u8", "codes_t": "*u8", "largest": "*i32", "scales": "*fp32", "scales_t": "*fp32"}
+    types |= dict.fromkeys(("row_stride", "num_rows", "num_columns"), "i32")
     aligned = ("row_stride", "num_rows", "num_columns")
-    numbers = {"MOST": 448.0, "SMALLEST": SMALLEST, "E5M2": False, "INTERPRETED": False}
-    tiles = {**numbers, "PARTS": PARTS, "TRANSPOSED": True}
-    rows, columns, warps = _row_tile(4096)
-    found = [
-        Build("quantize_fp8 largest", _largest_kernel, types, {"SIDE": SIDE}, WARPS, aligned=aligned),
-        Build("quantize_fp8 largest of both", _both_largest_kernel, types, {"SIDE": SIDE}, WARPS, aligned=aligned),
-        Build("quantize_fp8 rows", _rows_kernel, types, {**numbers, "R": rows, "C": columns}, warps, aligned=aligned),
+    constants = {"MOST": 448.0, "SMALLEST": SMALLEST, "E5M2": False, "INTERPRETED": False}
+    row_rows, row_columns, row_warps = _row_tile(4096)
+    whole = {**constants, "R": row_rows, "C": row_columns}
+    found = [Build("quantize_fp8 rows", _rows_kernel, types, whole, row_warps, aligned=aligned)]
+    turned = {**constants, "TRANSPOSED": True}
+    for name, row in (("tensor", False), ("row", True)):
+        looked = {"ROW": row, "R": LARGEST_TILE[0], "C": LARGEST_TILE[1]}
+        made = {**turned, "ROW": row, "R": CODES_TILE[0], "C": CODES_TILE[1]}
+        found += [
+            Build(f"quantize_fp8 {name} largest", _largest_kernel, types, looked, LARGEST_WARPS, aligned=aligned),
+            Build(f"quantize_fp8 {name} and transposed", _codes_kernel, types, made, CODES_WARPS, aligned=aligned),
+        ]
+    blocks, squares = ({**turned, "SIDE": SIDE, "PART": part} for part in (BLOCK_PART, SQUARE_PART))
+    fours = {**types, "codes_t": "*i32"}, {**blocks, "FOURS": True}
+    found += [
+        Build("quantize_fp8 1x128 and transposed", blocks_kernel, *fours, BLOCK_WARPS, aligned=aligned),
+        Build("quantize_fp8 128x128 and transposed", squares_kernel, types, squares, SQUARE_WARPS, aligned=aligned),
     ]
-    for kind in Granularity:
-        side, warps = _tile_of(kind)
-        constants = {**tiles, "KIND": kind.value, "SIDE": side}
-        found.append(
-            Build(f"quantize_fp8 {kind} and transposed", _tiles_kernel, types, constants, warps, aligned=aligned)
-        )
     return tuple(found)

@@ -1,7 +1,8 @@
 """Products of fp8 matrices by torch's own kernels (cuBLAS): 1.37 to 1.53 PFLOP/s on an H200, 1.8 to 1.9 times bf16; blocks 1.17 to 1.29.
 
 Formula: `colossal_core.ops.low_precision.scaled_matmul`. `torch.nn.functional.scaled_mm` is called alike on torch 2.11 and 2.13; it wants
-the scales of blocks column after column and those of tiles padded to four in a row, as read in PyTorch's ScaledBlas.cpp.
+the scales of blocks column after column and those of tiles padded to four in a row, as read in PyTorch's ScaledBlas.cpp. Blocks and tiles
+it takes in e4m3 only; with an operand in e5m2 they are the reference's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def scaled_matmul(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """`colossal_core.ops.reference.scaled_matmul`. Two e4m3 operands are summed by the tensor cores' faster and coarser accumulation, as is
-    usual in forward passes; a gradient in e5m2 is not.
+    usual in forward passes; a gradient in e5m2 is not. torch takes e5m2 in no recipe of blocks: there the reference multiplies in float32,
+    as slowly as that is. With a scale for each block a gradient does not need e5m2's range (DeepSeek-V3, section 3.3.2).
     """
     recipe = Recipe(recipe)
     if not _fits(a, scale_a, b, scale_b, recipe, dtype):
@@ -51,13 +53,11 @@ def scaled_matmul(
 def _fits(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, recipe: Recipe, dtype: torch.dtype) -> bool:
     if a.device.type != "cuda" or torch.version.hip is not None or {scale_a.dtype, scale_b.dtype} != {torch.float32}:
         return False
-    formats = {a.dtype, b.dtype} <= {torch.float8_e4m3fn, torch.float8_e5m2} and torch.float8_e4m3fn in (
-        a.dtype,
-        b.dtype,
-    )
     aligned = a.numel() > 0 and b.numel() > 0 and all(size % ALIGNED == 0 for size in (*a.shape, *b.shape))
     capability = torch.cuda.get_device_capability(a.device)
     blocks = recipe in (Recipe.BLOCK_TILE, Recipe.BLOCK_BLOCK)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    formats = (a.dtype, b.dtype) in ([(e4m3, e4m3)] if blocks else [(e4m3, e4m3), (e5m2, e4m3), (e4m3, e5m2)])
     able = capability[0] == 9 if blocks else capability >= (8, 9)
     narrow = dtype == torch.bfloat16 or (recipe == Recipe.TENSOR and dtype in (torch.float16, torch.float32))
     dense = all(codes.is_contiguous() and codes.storage_offset() % ALIGNED == 0 for codes in (a, b))

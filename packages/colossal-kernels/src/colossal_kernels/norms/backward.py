@@ -1,4 +1,4 @@
-"""The norms' backward kernels: rows in registers, and rows too wide for them.
+"""The norms' backward kernels: rows in registers, and rows too wide for them, which are read for their averages and once more (5 E).
 
 With `n = (x - mean) * rstd`, `g = (offset + weight) * grad_y`: `grad_x = rstd * (g - avg(g) - n * avg(g * n)) + grad_sum` (without `avg(g)`
 for RMS norms), `grad_weight = sum over rows of grad_y * n`, `grad_bias = sum over rows of grad_y`. A fixed number of programs sums its rows
@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from colossal_kernels.norms.config import backward_config
-from colossal_kernels.row_layout import num_rows, row_starts, with_rows
+from colossal_kernels.row_layout import num_rows, one_a_column, row_starts, with_rows
+
+
+@triton.jit
+def _normal(x, mean, rstd_R, rows, num_rows, inside, CENTRED: tl.constexpr):
+    """The normalised rows, 0 outside. x: [R, D] as loaded."""
+    n_RD = x.to(tl.float32)
+    if CENTRED:
+        n_RD = tl.where(inside, n_RD - tl.load(mean + rows, mask=rows < num_rows, other=0.0)[:, None], 0.0)
+    return n_RD * rstd_R[:, None]
 
 
 @triton.jit
@@ -22,35 +31,52 @@ def backward_kernel(
     g_middle, g_inner, g_outer_stride, g_middle_stride, g_inner_stride,
     x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride,
     CENTRED: tl.constexpr, ADDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
+    """TWICE: of a row, registers hold only the sums for the weight; its numbers are read again, from the cache, when its averages are
+    known.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
     here = columns < num_columns
     grad_weight_RD = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     grad_bias_RD = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    if HAS_WEIGHT:  # once: in the loop it would be fetched with every row
-        weight_D = tl.load(weight + columns, mask=here, other=0.0)
+    if HAS_WEIGHT:
+        weights = weight + columns[None, :]
+        if not TWICE:  # once: in the loop it would be fetched with every row
+            weight_1D = one_a_column(weight, columns, here, ROWS)
     for first in tl.range(program * ROWS, num_rows, programs * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & here[None, :]
         g_starts = row_starts(rows, g_middle, g_inner, g_outer_stride, g_middle_stride, g_inner_stride)
         x_starts = row_starts(rows, x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride)
+        x_places, g_places = x_starts[:, None] + columns[None, :], g_starts[:, None] + columns[None, :]
         places = (rows.to(tl.int64) * num_columns)[:, None] + columns[None, :]
-        n_RD = tl.load(x + x_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        g_RD = tl.load(grad_y + g_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         rstd_R = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)
-        if CENTRED:
-            n_RD = tl.where(inside, n_RD - tl.load(mean + rows, mask=rows < num_rows, other=0.0)[:, None], 0.0)
-        n_RD = n_RD * rstd_R[:, None]
+        n_RD = tl.load(x + x_places, mask=inside, other=0.0, eviction_policy="evict_last" if TWICE else "")
+        n_RD = _normal(n_RD, mean, rstd_R, rows, num_rows, inside, CENTRED)
+        g_RD = tl.load(grad_y + g_places, mask=inside, other=0.0, eviction_policy="evict_last" if TWICE else "")
+        g_RD = g_RD.to(tl.float32)
         if HAS_BIAS:
             grad_bias_RD += g_RD
         if HAS_WEIGHT:
             grad_weight_RD += g_RD * n_RD
-            g_RD = g_RD * (weight_D.to(tl.float32) + offset)[None, :]
+            if TWICE:
+                weight_1D = tl.load(weights, mask=here[None, :], other=0.0, eviction_policy="evict_last")
+            g_RD = g_RD * (weight_1D.to(tl.float32) + offset)
         along_R = tl.sum(g_RD * n_RD, axis=1) / num_columns
+        sum_R = tl.zeros((ROWS,), dtype=tl.float32)
         if CENTRED:
-            g_RD = g_RD - (tl.sum(g_RD, axis=1) / num_columns)[:, None]
+            sum_R = tl.sum(g_RD, axis=1) / num_columns
+        if TWICE:
+            n_RD = tl.load(x + x_places, mask=inside, other=0.0, eviction_policy="evict_first")
+            n_RD = _normal(n_RD, mean, rstd_R, rows, num_rows, inside, CENTRED)
+            g_RD = tl.load(grad_y + g_places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if HAS_WEIGHT:
+                weight_1D = tl.load(weights, mask=here[None, :], other=0.0)
+                g_RD = g_RD * (weight_1D.to(tl.float32) + offset)
+        if CENTRED:
+            g_RD = g_RD - sum_R[:, None]
         grad_RD = (g_RD - n_RD * along_R[:, None]) * rstd_R[:, None]
         if ADDED:
             grad_RD += tl.load(grad_total + places, mask=inside, other=0.0).to(tl.float32)
@@ -64,60 +90,81 @@ def backward_kernel(
 
 
 @triton.jit
+def averages_kernel(
+    grad_y, x, weight, mean, rstd, averages, num_rows, num_columns, offset,
+    g_middle, g_inner, g_outer_stride, g_middle_stride, g_inner_stride,
+    x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride,
+    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of one wide row avg(g * n), and of layer norms avg(g). averages: [2, num_rows]."""
+    row = tl.program_id(0)
+    g_start = row_starts(row, g_middle, g_inner, g_outer_stride, g_middle_stride, g_inner_stride)
+    x_start = row_starts(row, x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride)
+    scale = tl.load(rstd + row)
+    centre = 0.0
+    if CENTRED:
+        centre = tl.load(mean + row)
+    along_D = tl.zeros((BLOCK,), dtype=tl.float32)
+    sum_D = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in tl.range(0, num_columns, BLOCK, num_stages=STAGES):
+        columns = first + tl.arange(0, BLOCK)
+        here = columns < num_columns
+        x_D = tl.load(x + x_start + columns, mask=here, other=0.0).to(tl.float32)
+        g_D = tl.load(grad_y + g_start + columns, mask=here, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            g_D = g_D * (tl.load(weight + columns, mask=here, other=0.0).to(tl.float32) + offset)
+        along_D += g_D * (x_D - centre)
+        if CENTRED:
+            sum_D += g_D
+    tl.store(averages + row, tl.sum(along_D, axis=0) * scale / num_columns)
+    if CENTRED:
+        tl.store(averages + num_rows + row, tl.sum(sum_D, axis=0) / num_columns)
+
+
+@triton.jit
 def wide_backward_kernel(
-    grad_y, grad_total, x, weight, mean, rstd, grad_x, partial, num_rows, num_columns, offset,
+    grad_y, grad_total, x, weight, mean, rstd, averages, grad_x, partial, num_rows, num_columns, offset,
     g_middle, g_inner, g_outer_stride, g_middle_stride, g_inner_stride,
     x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride,
     CENTRED: tl.constexpr, ADDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`ROWS` rows at a time, twice over their columns: the second reading comes from the cache, where the partial sums stay as well."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    for first_row in range(program * ROWS, num_rows, programs * ROWS):
-        rows = first_row + tl.arange(0, ROWS)
+    """Some columns of wide rows whose averages are known. Programs: blocks of columns x parts of the rows."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    here = columns < num_columns
+    grad_weight_RD = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    grad_bias_RD = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if HAS_WEIGHT:
+        weight_1D = one_a_column(weight, columns, here, ROWS)
+    for first in tl.range(part * ROWS, num_rows, parts * ROWS, num_stages=STAGES):
+        rows = first + tl.arange(0, ROWS)
+        real = rows < num_rows
+        inside = real[:, None] & here[None, :]
         g_starts = row_starts(rows, g_middle, g_inner, g_outer_stride, g_middle_stride, g_inner_stride)
         x_starts = row_starts(rows, x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride)
-        rstd_R = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)
-        mean_R = tl.zeros((ROWS,), dtype=tl.float32)
+        places = (rows.to(tl.int64) * num_columns)[:, None] + columns[None, :]
+        rstd_R = tl.load(rstd + rows, mask=real, other=0.0)
+        n_RD = tl.load(x + x_starts[:, None] + columns[None, :], mask=inside, other=0.0)
+        n_RD = _normal(n_RD, mean, rstd_R, rows, num_rows, inside, CENTRED)
+        g_RD = tl.load(grad_y + g_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            grad_bias_RD += g_RD
+        if HAS_WEIGHT:
+            grad_weight_RD += g_RD * n_RD
+            g_RD = g_RD * (weight_1D.to(tl.float32) + offset)
         if CENTRED:
-            mean_R = tl.load(mean + rows, mask=rows < num_rows, other=0.0)
-        along_RD = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        sum_RD = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        for first in tl.range(0, num_columns, BLOCK, num_stages=STAGES):
-            columns = first + tl.arange(0, BLOCK)
-            inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-            n_RD = tl.load(x + x_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            g_RD = tl.load(grad_y + g_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                weight_D = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
-                g_RD = g_RD * (weight_D + offset)[None, :]
-            along_RD += g_RD * (n_RD - mean_R[:, None])
-            if CENTRED:
-                sum_RD += g_RD
-        along_R = tl.sum(along_RD, axis=1) * rstd_R / num_columns
-        sum_R = tl.sum(sum_RD, axis=1) / num_columns
-        for first in tl.range(0, num_columns, BLOCK, num_stages=STAGES):
-            columns = first + tl.arange(0, BLOCK)
-            here = columns < num_columns
-            inside = (rows < num_rows)[:, None] & here[None, :]
-            places = (rows.to(tl.int64) * num_columns)[:, None] + columns[None, :]
-            n_RD = tl.load(x + x_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            n_RD = (n_RD - mean_R[:, None]) * rstd_R[:, None]
-            g_RD = tl.load(grad_y + g_starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            own = partial + program.to(tl.int64) * num_columns + columns
-            if HAS_WEIGHT:
-                tl.store(own, tl.load(own, mask=here, other=0.0) + tl.sum(g_RD * n_RD, axis=0), mask=here)
-            if HAS_BIAS:
-                bias = own + programs.to(tl.int64) * num_columns
-                tl.store(bias, tl.load(bias, mask=here, other=0.0) + tl.sum(g_RD, axis=0), mask=here)
-            if HAS_WEIGHT:
-                weight_D = tl.load(weight + columns, mask=here, other=0.0).to(tl.float32)
-                g_RD = g_RD * (weight_D + offset)[None, :]
-            grad_RD = (g_RD - sum_R[:, None] - n_RD * along_R[:, None]) * rstd_R[:, None]
-            if ADDED:
-                grad_RD += tl.load(grad_total + places, mask=inside, other=0.0).to(tl.float32)
-            tl.store(grad_x + places, grad_RD.to(grad_x.dtype.element_ty), mask=inside)
-        tl.debug_barrier()
+            g_RD = g_RD - tl.load(averages + num_rows + rows, mask=real, other=0.0)[:, None]
+        grad_RD = (g_RD - n_RD * tl.load(averages + rows, mask=real, other=0.0)[:, None]) * rstd_R[:, None]
+        if ADDED:
+            grad_RD += tl.load(grad_total + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + places, grad_RD.to(grad_x.dtype.element_ty), mask=inside)
+    own = partial + part.to(tl.int64) * num_columns + columns
+    if HAS_WEIGHT:
+        tl.store(own, tl.sum(grad_weight_RD, axis=0), mask=here)
+    if HAS_BIAS:
+        bias = own + parts.to(tl.int64) * num_columns
+        tl.store(bias, tl.sum(grad_bias_RD, axis=0), mask=here)
 
 
 @triton.jit
@@ -162,19 +209,24 @@ def launch_backward(
     grad_y, grad_layout = with_rows(grad_y)
     grad_total = None if grad_total is None else grad_total.contiguous()
     loaded_bytes = sum(tensor.element_size() for tensor in (x, grad_y, grad_total) if tensor is not None)
-    config = backward_config(rows, columns, loaded_bytes)
+    config = backward_config(columns, loaded_bytes, mean is not None)
     programs = min(config.programs, triton.cdiv(rows, config.rows))
     first_sum, sums = int(weight is None), 1 + int(bias is not None)
-    kernel = wide_backward_kernel if config.block < columns else backward_kernel
-    new = torch.zeros if kernel is wide_backward_kernel else torch.empty
-    partial = new((sums, programs, columns), dtype=torch.float32, device=x.device)
-    flags = {"CENTRED": mean is not None, "ADDED": grad_total is not None}
-    flags |= {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    tensors = (grad_y, grad_total, x, weight, mean, rstd, grad_x, partial)
+    partial = torch.empty((sums, programs, columns), dtype=torch.float32, device=x.device)
     shape = (rows, columns, offset, *grad_layout, *x_layout)
-    kernel[(programs,)](
-        *tensors, *shape, **flags, ROWS=config.rows, BLOCK=config.block, STAGES=config.stages, num_warps=config.warps
-    )
+    flags = {"CENTRED": mean is not None, "HAS_WEIGHT": weight is not None}
+    more = {"ADDED": grad_total is not None, "HAS_BIAS": bias is not None, "ROWS": config.rows, "BLOCK": config.block}
+    loop = {"STAGES": config.stages, "num_warps": config.warps}
+    read = (grad_y, grad_total, x, weight, mean, rstd)
+    if config.block < columns:
+        averages = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+        averages_kernel[(rows,)](
+            grad_y, x, weight, mean, rstd, averages, *shape, **flags, BLOCK=config.rows * config.block, **loop
+        )
+        blocks = triton.cdiv(columns, config.block)
+        wide_backward_kernel[(blocks, programs)](*read, averages, grad_x, partial, *shape, **flags, **more, **loop)
+    else:
+        backward_kernel[(programs,)](*read, grad_x, partial, *shape, **flags, **more, **loop, TWICE=config.twice)
     if sums > first_sum:
         grid = (triton.cdiv(columns, SUM_BLOCK), sums - first_sum)
         outputs = (grad_weight, grad_bias)

@@ -12,12 +12,12 @@ LAYOUT = ("middle", "inner", "outer_stride", "middle_stride", "inner_stride")
 
 def norm_builds(
     name: str, dtype: str, columns: int, *, centred: bool = False, added: bool = False, plain: bool = True
-) -> tuple[Build, Build]:
+) -> tuple[Build, ...]:
     """Forward and backward with weight (and bias where `centred`). plain: rows with one stride; else with three."""
     flags = {"CENTRED": centred, "ADDED": added, "HAS_WEIGHT": True, "HAS_BIAS": centred}
     narrow, wide = f"*{dtype}", "*fp32"
     types = dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "grad_y", "grad_total", "grad_x"), narrow)
-    types |= dict.fromkeys(("mean", "rstd", "partial"), wide)
+    types |= dict.fromkeys(("mean", "rstd", "averages", "partial"), wide)
     types |= {"num_rows": "i32", "num_columns": "i32", "eps": "fp32", "offset": "fp32"}
     constants: dict[str, object] = dict(flags)
     for letter in "xg":
@@ -27,18 +27,26 @@ def norm_builds(
     for key in constants:
         types.pop(key, None)
     aligned = ("num_columns", *(f"{letter}_{part}" for letter in "xg" for part in LAYOUT[2:]))
-    ahead, back = forward_config(columns, BYTES[dtype]), backward_config(8192, columns, (2 + added) * BYTES[dtype])
+    ahead = forward_config(columns, BYTES[dtype])
+    back = backward_config(columns, (2 + added) * BYTES[dtype], centred)
     kernels = (
         forward.forward_kernel if columns <= ahead.block else forward.wide_forward_kernel,
         backward.backward_kernel if columns <= back.block else backward.wide_backward_kernel,
     )
-    tiles = [{"ROWS": c.rows, "BLOCK": c.block, "STAGES": c.stages} for c in (ahead, back)]
+    tiles = [
+        {"ROWS": c.rows, "BLOCK": c.block, "STAGES": c.stages, "TWICE": c.twice, "EARLY": c.early}
+        for c in (ahead, back)
+    ]
     label = f"{dtype} {columns}" + (" added" if added else "") + ("" if plain else " three strides")
-    names = (f"{name} {label}", f"{name}_backward {label}")
-    return tuple(  # type: ignore[return-value]  # two of them
-        _build(names[i], kernels[i], types, {**constants, **tiles[i]}, config.warps, aligned)
-        for i, config in enumerate((ahead, back))
-    )
+    found = [
+        _build(title, kernels[i], types, {**constants, **tiles[i]}, config.warps, aligned)
+        for i, (title, config) in enumerate(((f"{name} {label}", ahead), (f"{name}_backward {label}", back)))
+    ]
+    if columns > back.block:
+        tile = {"BLOCK": back.rows * back.block, "STAGES": back.stages}
+        title = f"{name}_backward {label} averages"
+        found.append(_build(title, backward.averages_kernel, types, {**constants, **tile}, back.warps, aligned))
+    return tuple(found)
 
 
 def _build(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from colossal_kernels.norms.config import forward_config
-from colossal_kernels.row_layout import num_rows, row_starts, with_rows
+from colossal_kernels.row_layout import num_rows, one_a_column, row_starts, with_rows
 
 
 @triton.jit
@@ -19,14 +19,20 @@ def forward_kernel(
     x, residual, weight, bias, y, total, mean, rstd, num_rows, num_columns, eps, offset,
     x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride,
     CENTRED: tl.constexpr, ADDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """EARLY: weight and bias are fetched with the row, not when they are needed."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     starts = row_starts(rows, x_middle, x_inner, x_outer_stride, x_middle_stride, x_inner_stride)
     places = (rows.to(tl.int64) * num_columns)[:, None] + columns[None, :]
     x_RD = tl.load(x + starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    here = columns < num_columns
+    if HAS_WEIGHT and EARLY:
+        weight_1D = one_a_column(weight, columns, here, ROWS)
+    if HAS_BIAS and EARLY:
+        bias_1D = one_a_column(bias, columns, here, ROWS)
     if ADDED:
         x_RD += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
         narrow_RD = x_RD.to(total.dtype.element_ty)
@@ -40,10 +46,13 @@ def forward_kernel(
     tl.store(rstd + rows, rstd_R, mask=rows < num_rows)
     y_RD = x_RD * rstd_R[:, None]
     if HAS_WEIGHT:
-        weight_D = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
-        y_RD = y_RD * (weight_D + offset)[None, :]
+        if not EARLY:
+            weight_1D = one_a_column(weight, columns, here, ROWS)
+        y_RD = y_RD * (weight_1D.to(tl.float32) + offset)
     if HAS_BIAS:
-        y_RD = y_RD + tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+        if not EARLY:
+            bias_1D = one_a_column(bias, columns, here, ROWS)
+        y_RD = y_RD + bias_1D.to(tl.float32)
     tl.store(y + places, y_RD.to(y.dtype.element_ty), mask=inside)
 
 
@@ -135,6 +144,6 @@ def launch_forward(
     else:
         forward_kernel[(triton.cdiv(rows, config.rows),)](
             *tensors, rows, columns, eps, offset, *layout, **flags,
-            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+            ROWS=config.rows, BLOCK=config.block, EARLY=config.early, num_warps=config.warps,
         )  # fmt: skip
     return y, total, mean, rstd

@@ -1,7 +1,8 @@
 """`layer_norm` and `add_layer_norm`.
 
 Bytes, E those of one activation: layer_norm 2 E forward and 3 E backward, add_layer_norm 4 E and 4 E, and two float32 rows of gradients of
-weight and bias for each program. Kept for the backward pass: x (or the sum, which is an output) and two float32 a row.
+weight and bias for each program; backward, rows of more than 8192 numbers are read twice, 2 E more. Kept for the backward pass: x (or the
+sum, which is an output) and two float32 a row.
 """
 
 from __future__ import annotations

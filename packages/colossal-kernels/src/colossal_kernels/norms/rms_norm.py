@@ -1,7 +1,8 @@
 """`rms_norm` and `add_rms_norm`.
 
 Bytes, E those of one activation: rms_norm 2 E forward and 3 E backward, add_rms_norm 4 E and 4 E, and a float32 row of the weight's
-gradient for each program. Kept for the backward pass: x (or the sum, which is an output) and one float32 a row.
+gradient for each program; backward, rows of more than 16384 numbers are read twice, 2 E more. Kept for the backward pass: x (or the sum,
+which is an output) and one float32 a row.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ def builds() -> tuple[Build, ...]:
         *norm_builds("rms_norm", "bf16", 128, plain=False),
         *norm_builds("rms_norm", "fp32", 8192),
         *norm_builds("rms_norm", "bf16", 32768),
+        *norm_builds("add_rms_norm", "bf16", 16384, added=True),
         *norm_builds("add_rms_norm", "bf16", 4096, added=True),
         sum_build(),
     )

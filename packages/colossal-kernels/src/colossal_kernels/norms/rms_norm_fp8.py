@@ -17,7 +17,7 @@ from colossal_kernels.fitting import has_fp8, have_one_a_feature, kernels_take
 from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
 from colossal_kernels.norms.config import forward_config
-from colossal_kernels.row_layout import num_rows, row_starts, with_rows
+from colossal_kernels.row_layout import num_rows, one_a_column, row_starts, with_rows
 
 
 def rms_norm_fp8(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -57,12 +57,16 @@ def _kernel(
     rstd_R = 1.0 / tl.sqrt(tl.sum(x_RD * x_RD, axis=1) / num_columns + eps)
     y_RD = x_RD * rstd_R[:, None]
     if HAS_WEIGHT:
-        weight_D = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
-        y_RD = y_RD * (weight_D + offset)[None, :]
-    scale_R = tl.div_rn(tl.max(tl.abs(y_RD), axis=1), tl.full((ROWS,), 448.0, tl.float32))
-    scale_R = tl.where(scale_R == 0.0, 1.0, scale_R)
-    tl.store(scale + rows, scale_R, mask=rows < num_rows)
-    quotient_RD = tl.div_rn(y_RD, tl.broadcast_to(scale_R[:, None], (ROWS, BLOCK)))
+        weight_1D = one_a_column(weight, columns, columns < num_columns, ROWS)
+        y_RD = y_RD * (weight_1D.to(tl.float32) + offset)
+    largest_R = tl.max(tl.abs(y_RD), axis=1)
+    most_R = tl.full((ROWS,), 448.0, tl.float32)
+    scale_R = tl.div_rn(largest_R, most_R)
+    tl.store(scale + rows, tl.where(scale_R == 0.0, 1.0, scale_R), mask=rows < num_rows)
+    # One division a row: each number's own took longer than memory. The lift keeps the factor finite.
+    lift_R = tl.where(largest_R < 2.0**-64, 2.0**64, 1.0)
+    factor_R = tl.div_rn(most_R, tl.maximum(largest_R * lift_R, 2.0**-100))
+    quotient_RD = (y_RD * lift_R[:, None]) * factor_R[:, None]
     if INTERPRETED:
         quotient_RD = _rounded(quotient_RD)
     tl.store(y + places, quotient_RD.to(y.dtype.element_ty), mask=inside)

@@ -61,39 +61,53 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairs: int) -> bool:
 
 
 @triton.jit
-def _turn(
-    x, out, num_heads, x_stride, out_stride, features, pairs, cos_P, sin_P,
-    IN: tl.constexpr, OUT: tl.constexpr, PASS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+def _read(
+    x, heads, num_heads, stride, features, pairs, IN: tl.constexpr, PASS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token. IN, OUT: whether pairs are neighbours there. PASS: features that are copied, rounded up."""
+    """Both sides of the pairs of these heads, as they are stored, and what is copied. IN: whether pairs are neighbours. PASS: features that
+    are copied, rounded up.
+    """
     pair = tl.arange(0, PAIRS)
     column = tl.arange(0, 2 * PAIRS)
-    for first in range(0, num_heads, HEADS):
-        heads = first + tl.arange(0, HEADS)
-        real = (heads < num_heads)[:, None]
-        starts = (heads.to(tl.int64) * x_stride)[:, None]
-        places = (heads.to(tl.int64) * out_stride)[:, None]
+    real = (heads < num_heads)[:, None]
+    starts = (heads.to(tl.int64) * stride)[:, None]
+    if IN:
+        both = tl.load(x + starts + column[None, :], mask=real & (column < 2 * pairs)[None, :], other=0.0)
+        a_HP, b_HP = tl.split(tl.reshape(both, (heads.shape[0], PAIRS, 2)))
+    else:
         halves = real & (pair < pairs)[None, :]
-        whole = real & (column < 2 * pairs)[None, :]
-        if IN:
-            both = tl.load(x + starts + column[None, :], mask=whole, other=0.0).to(tl.float32)
-            a_HP, b_HP = tl.split(tl.reshape(both, (HEADS, PAIRS, 2)))
-        else:
-            a_HP = tl.load(x + starts + pair[None, :], mask=halves, other=0.0).to(tl.float32)
-            b_HP = tl.load(x + starts + (pairs + pair)[None, :], mask=halves, other=0.0).to(tl.float32)
-        c_HP = (a_HP * cos_P[None, :] - b_HP * sin_P[None, :]).to(out.dtype.element_ty)
-        d_HP = (b_HP * cos_P[None, :] + a_HP * sin_P[None, :]).to(out.dtype.element_ty)
-        if OUT:
-            turned = tl.reshape(tl.join(c_HP, d_HP), (HEADS, 2 * PAIRS))
-            tl.store(out + places + column[None, :], turned, mask=whole)
-        else:
-            tl.store(out + places + pair[None, :], c_HP, mask=halves)
-            tl.store(out + places + (pairs + pair)[None, :], d_HP, mask=halves)
-        if PASS > 0:
-            rest = 2 * pairs + tl.arange(0, PASS)
-            passing = real & (rest < features)[None, :]
-            kept = tl.load(x + starts + rest[None, :], mask=passing, other=0.0)
-            tl.store(out + places + rest[None, :], kept, mask=passing)
+        a_HP = tl.load(x + starts + pair[None, :], mask=halves, other=0.0)
+        b_HP = tl.load(x + starts + (pairs + pair)[None, :], mask=halves, other=0.0)
+    kept = a_HP
+    if PASS > 0:
+        rest = 2 * pairs + tl.arange(0, PASS)
+        kept = tl.load(x + starts + rest[None, :], mask=real & (rest < features)[None, :], other=0.0)
+    return a_HP, b_HP, kept
+
+
+@triton.jit
+def _write(
+    out, tile, heads, num_heads, stride, features, pairs, cos_P, sin_P,
+    OUT: tl.constexpr, PASS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """What `_read` has given, turned. OUT: whether pairs are neighbours there."""
+    a_HP, b_HP, kept = tile[0].to(tl.float32), tile[1].to(tl.float32), tile[2]
+    pair = tl.arange(0, PAIRS)
+    column = tl.arange(0, 2 * PAIRS)
+    real = (heads < num_heads)[:, None]
+    places = (heads.to(tl.int64) * stride)[:, None]
+    c_HP = (a_HP * cos_P[None, :] - b_HP * sin_P[None, :]).to(out.dtype.element_ty)
+    d_HP = (b_HP * cos_P[None, :] + a_HP * sin_P[None, :]).to(out.dtype.element_ty)
+    if OUT:
+        turned = tl.reshape(tl.join(c_HP, d_HP), (heads.shape[0], 2 * PAIRS))
+        tl.store(out + places + column[None, :], turned, mask=real & (column < 2 * pairs)[None, :])
+    else:
+        halves = real & (pair < pairs)[None, :]
+        tl.store(out + places + pair[None, :], c_HP, mask=halves)
+        tl.store(out + places + (pairs + pair)[None, :], d_HP, mask=halves)
+    if PASS > 0:
+        rest = 2 * pairs + tl.arange(0, PASS)
+        tl.store(out + places + rest[None, :], kept, mask=real & (rest < features)[None, :])
 
 
 @triton.jit
@@ -116,8 +130,20 @@ def _kernel(
     k_out += batch * k_out_batch + token * k_out_token
     q += batch * q_batch + token * q_token
     k += batch * k_batch + token * k_token
-    _turn(q, q_out, q_heads, q_head, q_out_head, features, pairs, cos_P, sin_P, IN, OUT, PASS, Q_HEADS, PAIRS)
-    _turn(k, k_out, k_heads, k_head, k_out_head, features, pairs, cos_P, sin_P, IN, OUT, PASS, K_HEADS, PAIRS)
+    # Queries and keys are under way at once: most models have no more of either than this.
+    q_first, k_first = tl.arange(0, Q_HEADS), tl.arange(0, K_HEADS)
+    q_tile = _read(q, q_first, q_heads, q_head, features, pairs, IN, PASS, PAIRS)
+    k_tile = _read(k, k_first, k_heads, k_head, features, pairs, IN, PASS, PAIRS)
+    _write(q_out, q_tile, q_first, q_heads, q_out_head, features, pairs, cos_P, sin_P, OUT, PASS, PAIRS)
+    _write(k_out, k_tile, k_first, k_heads, k_out_head, features, pairs, cos_P, sin_P, OUT, PASS, PAIRS)
+    for first in range(Q_HEADS, q_heads, Q_HEADS):
+        heads = first + q_first
+        q_tile = _read(q, heads, q_heads, q_head, features, pairs, IN, PASS, PAIRS)
+        _write(q_out, q_tile, heads, q_heads, q_out_head, features, pairs, cos_P, sin_P, OUT, PASS, PAIRS)
+    for first in range(K_HEADS, k_heads, K_HEADS):
+        heads = first + k_first
+        k_tile = _read(k, heads, k_heads, k_head, features, pairs, IN, PASS, PAIRS)
+        _write(k_out, k_tile, heads, k_heads, k_out_head, features, pairs, cos_P, sin_P, OUT, PASS, PAIRS)
 
 
 def _launch(

@@ -47,25 +47,21 @@ def _liger() -> Function:
     return call
 
 
-READING = {
-    "losses.rows:READ_BLOCK": (2048, 4096, 8192),
-    "losses.rows:READ_WARPS": (4, 8, 16),
-    "losses.rows:READ_STAGES": (2, 3, 4),
-}
-WRITING = {
-    "losses.rows:WRITE_BLOCK": (2048, 4096, 8192),
-    "losses.rows:WRITE_WARPS": (4, 8, 16),
-    "losses.rows:WRITE_BLOCKS": (1, 4, 8),
-}
+READING = (
+    {"losses.rows:READ_BLOCK": (2048, 4096), "losses.rows:READ_WARPS": (4,), "losses.rows:READ_STAGES": (1, 3, 4)},
+    {"losses.rows:READ_BLOCK": (8192,), "losses.rows:READ_WARPS": (8,), "losses.rows:READ_STAGES": (1, 3)},
+)
+WRITING = {"losses.rows:WRITE_BLOCK": (2048, 4096, 8192), "losses.rows:WRITE_WARPS": (4, 8)}
 BENCH = OpBench(
     "cross_entropy",
     (
         _shape(8192, 128256),
         _shape(16384, 32768),
         _shape(8192, 50304, "z-loss and smoothing, ", z_loss=1e-4, smoothing=0.1),
+        _shape(8192, 50257),
         _shape(512, 32000),
     ),
     eager=_formula,
     peers={"liger": _liger},
-    knobs=(Knobs(("both",), READING), Knobs(("both",), WRITING)),
+    knobs=tuple(Knobs(("both",), values) for values in (*READING, WRITING)),
 )

@@ -28,5 +28,7 @@ BENCH = OpBench(
     "dequantize_blocks_sum",
     (_shape(4, 1 << 25, torch.int8), _shape(8, 1 << 24, torch.float8_e4m3fn), _shape(2, 1 << 20, torch.int8)),
     eager=reference.dequantize_blocks_sum,
-    knobs=(Knobs(("forward",), {"low_precision.blocks:TILE_ELEMENTS": (1024, 2048, 4096, 8192, 16384)}),),
+    knobs=(
+        Knobs(("forward",), {"low_precision.blocks:SUM_TILES": (1, 2, 4), "low_precision.blocks:SUM_WARPS": (4, 8)}),
+    ),
 )

@@ -39,8 +39,7 @@ KNOBS = (
     Knobs(
         ("forward", "backward"),
         {
-            "experts.rows:TILE_COLUMNS": (512, 1024, 2048, 4096),
-            "experts.rows:TILE_ELEMENTS": (4096, 8192, 16384),
+            "experts.rows:TILE_COLUMNS": (512, 1024),
             "experts.rows:WARPS": (2, 4, 8),
         },
     ),

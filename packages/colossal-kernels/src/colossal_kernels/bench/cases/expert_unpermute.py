@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colossal_kernels.bench.case import Call, Draw, OpBench, Shape, moved
-from colossal_kernels.bench.cases.expert_permute import KNOBS, SIZES, label_of, ordered
+from colossal_kernels.bench.case import Call, Draw, Knobs, OpBench, Shape, moved
+from colossal_kernels.bench.cases.expert_permute import SIZES, label_of, ordered
 
 
 def _shape(tokens: int, features: int, num_experts: int, top_k: int) -> Shape:
@@ -38,5 +38,15 @@ BENCH = OpBench(
     "expert_unpermute",
     tuple(_shape(*sizes) for sizes in SIZES),
     eager=_eager,
-    knobs=KNOBS,
+    knobs=(
+        Knobs(("forward",), {"experts.rows:TILE_COLUMNS": (512, 1024), "experts.rows:WARPS": (2, 4)}),
+        Knobs(
+            ("backward",),
+            {
+                "experts.rows:TILE_COLUMNS": (512, 1024),
+                "experts.rows:WARPS": (2, 4, 8),
+                "experts.rows:SUMMED_BYTES": (2, 16),
+            },
+        ),
+    ),
 )

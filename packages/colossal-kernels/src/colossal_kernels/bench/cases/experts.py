@@ -56,18 +56,30 @@ def _liger() -> Function:
 
 _PRODUCTS = "experts.gathered_products"
 _GATE = "experts.weighted_swiglu"
+_ROWS = ("up", "down", "grad_h", "grad_x")
+_OUTER = ("grad_down", "grad_up")
+_EACH = tuple((name,) for name in (*_ROWS, *_OUTER))
 KNOBS = (
-    Knobs(("both",), {f"{_GATE}:ROWS": (4, 8, 16), f"{_GATE}:COLUMNS": (128, 256), f"{_GATE}:WARPS": (2, 4, 8)}),
+    Knobs(("both",), {f"{_GATE}:ROWS": (4, 8), f"{_GATE}:WARPS": (4, 8)}),
+    Knobs(("both",), {"experts.layer:GATHERED": (*_EACH, ("grad_h", "grad_down"), (*_ROWS, *_OUTER))}),
     Knobs(
         ("both",),
         {
-            "experts.layer:GATHERED": (False, True),
+            "experts.layer:GATHERED": (_ROWS,),
             f"{_PRODUCTS}:ROWS_TILE": ((128, 128, 64), (128, 256, 64), (64, 256, 64)),
+            f"{_PRODUCTS}:STAGES": (3, 4),
+        },
+    ),
+    Knobs(
+        ("both",),
+        {
+            "experts.layer:GATHERED": (_OUTER,),
             f"{_PRODUCTS}:OUTER_TILE": ((128, 128, 64), (128, 256, 64), (128, 128, 32)),
             f"{_PRODUCTS}:STAGES": (3, 4),
         },
     ),
 )
+"""What each of our products gives by itself, then all of a kind by tile."""
 BENCH = OpBench(
     "experts",
     (

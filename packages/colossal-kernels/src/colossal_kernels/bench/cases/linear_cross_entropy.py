@@ -52,19 +52,16 @@ def _torch() -> Function:
     return lambda hidden, weight, labels: found(hidden, weight, labels, reduction="sum", ignore_index=-100)
 
 
+IN_PLACE, CHUNKS = "losses.in_place:in_place_config", "losses.linear_cross_entropy:chunks_of"
 BENCH = OpBench(
     "linear_cross_entropy",
     (_shape(8192, 4096, 128256, 37.6), _shape(16384, 2048, 32768), _shape(2048, 2048, 50304)),
     eager=_formula,
     peers={"liger": _liger, "cce": _cce, "torch_chunked": _torch},
     knobs=(
-        Knobs(
-            ("both",),
-            {
-                "losses.in_place:IN_PLACE_BLOCK": (8192, 16384, 32768),
-                "losses.in_place:IN_PLACE_WARPS": (8, 16, 32),
-                "losses.in_place:IN_PLACE_STAGES": (2, 3),
-            },
-        ),
+        Knobs(("both",), {f"{IN_PLACE}.block": (8192, 16384), f"{IN_PLACE}.warps": (16, 32)}),
+        Knobs(("both",), {f"{IN_PLACE}.block": (4096,), f"{IN_PLACE}.warps": (8,), f"{IN_PLACE}.stages": (4,)}),
+        Knobs(("both",), {f"{CHUNKS}.rows": (1024, 1792, 2048), f"{CHUNKS}.parts": (1,)}),
+        Knobs(("both",), {f"{CHUNKS}.rows": (1536,), f"{CHUNKS}.parts": (1, 2)}),
     ),
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from colossal_core.ops import swiglu as reference
-from colossal_kernels.bench.case import Call, Function, OpBench, Shape, moved, times
-from colossal_kernels.bench.cases.swiglu import KNOBS
+from colossal_kernels.bench.case import Call, Function, Knobs, OpBench, Shape, moved, times
 
 
 def packed(rows: int, columns: int, label: str = "", **keywords: Any) -> Shape:
@@ -42,5 +41,10 @@ BENCH = OpBench(
     (packed(8192, 14336), packed(32768, 768), packed(16384, 2880, "gpt-oss, ", **GPT_OSS), packed(1024, 5632)),
     eager=reference.packed_swiglu,
     peers={"liger": _liger},
-    knobs=KNOBS,
+    knobs=(
+        Knobs(
+            ("backward",),
+            {"gates.gated:backward_config.columns": (512, 1024, 2048), "gates.gated:backward_config.warps": (4, 8)},
+        ),
+    ),
 )

@@ -25,5 +25,10 @@ BENCH = OpBench(
     ),
     eager=reference.quantize_blocks,
     compared="float32",
-    knobs=(Knobs(("forward",), {"low_precision.blocks:TILE_ELEMENTS": (1024, 2048, 4096, 8192, 16384)}),),
+    knobs=(
+        Knobs(
+            ("forward",),
+            {"low_precision.blocks:TILE_ELEMENTS": (2048, 4096, 8192), "low_precision.blocks:TILE_WARPS": (4, 8)},
+        ),
+    ),
 )

@@ -39,20 +39,17 @@ def _liger() -> Function:
 KNOBS = (
     Knobs(
         ("forward",),
-        {
-            "norms.config:FORWARD_TILE": (2048, 4096, 8192, 16384),
-            "norms.config:forward_config.warps": (2, 4, 8, 16),
-        },
+        {"norms.config:FORWARD_TILE": (1024, 2048, 4096), "norms.config:FORWARD_PER_WARP": (256, 512, 1024)},
     ),
     Knobs(
         ("backward",),
         {
-            "norms.config:backward_config.programs": (132, 264, 528),
-            "norms.config:backward_config.warps": (4, 8, 16),
-            "norms.config:backward_config.stages": (1, 2, 3),
-            "norms.config:BACKWARD_TILE": (4096, 8192),
+            "norms.config:PROGRAMS": (264, 528),
+            "norms.config:BACKWARD_TILE": (1024, 2048, 4096),
+            "norms.config:BACKWARD_PER_WARP": (256, 512),
         },
     ),
+    Knobs(("backward",), {"norms.config:TWICE_COLUMNS": (1 << 13, 1 << 14), "norms.config:TWICE_WARPS": (16, 32)}),
 )
 """Of every norm."""
 BENCH = OpBench(

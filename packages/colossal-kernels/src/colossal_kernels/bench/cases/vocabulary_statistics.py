@@ -27,5 +27,5 @@ BENCH = OpBench(
     (_shape(8192, 128256, 2), _shape(16384, 128256, 4), _shape(2048, 32768, 4)),
     eager=reference.vocabulary_statistics,
     formula=reference.row_statistics,
-    knobs=(Knobs(("forward",), READING),),
+    knobs=tuple(Knobs(("forward",), values) for values in READING),
 )
