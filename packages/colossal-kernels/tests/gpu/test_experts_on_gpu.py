@@ -13,7 +13,6 @@ from colossal_core.ops import experts as reference
 from colossal_core.ops import low_precision
 from colossal_core.ops.low_precision import Granularity, Recipe
 from colossal_kernels.attention.merge import merge_attention
-from colossal_kernels.experts import layer as layer_module
 from colossal_kernels.experts.grouped_matmul import grouped_matmul
 from colossal_kernels.experts.layer import experts
 from colossal_kernels.low_precision.quantize_fp8 import quantize_fp8
@@ -46,18 +45,12 @@ def gradients(y: torch.Tensor, given: list[torch.Tensor]) -> tuple[torch.Tensor,
     return torch.autograd.grad(y, [given[index] for index in LEARNED], weight)
 
 
-@pytest.fixture(params=[(), layer_module.PRODUCTS], ids=["permuted", "gathered"])
-def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_module, "GATHERED", request.param)
-
-
 @pytest.fixture
 def _no_waiting() -> Iterator[None]:
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("_products")
 def test_the_layer_is_as_near_to_the_truth_as_the_reference() -> None:
     given = arguments()
     wide = [tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor for tensor in given]
@@ -69,7 +62,6 @@ def test_the_layer_is_as_near_to_the_truth_as_the_reference() -> None:
         assert relative_difference(ours, truth) <= max(2.0 * relative_difference(near, truth), 2.0**-8)
 
 
-@pytest.mark.usefixtures("_products")
 def test_an_expert_that_nobody_chose_has_a_zero_gradient() -> None:
     given = arguments()
     _, grad_gate_up, grad_down, _ = gradients(experts(*given), given)
@@ -78,7 +70,7 @@ def test_an_expert_that_nobody_chose_has_a_zero_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
-@pytest.mark.usefixtures("_products", "_no_waiting")
+@pytest.mark.usefixtures("_no_waiting")
 def test_the_layer_does_not_wait_for_the_device() -> None:
     given = arguments()
     gradients(experts(*given), given)

@@ -41,14 +41,13 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 def takes_grouped(first: Tensor, second: Tensor, offsets: Tensor) -> bool:
-    """Whether torch's kernel takes these: bf16 on CUDA, rows that start at multiples of 16 bytes, and any rows at all."""
+    """Whether torch's kernel takes these, or copies of them: bf16 on CUDA, rows of multiples of 16 bytes, and any rows at all."""
     if first.device.type != "cuda" or first.dtype != torch.bfloat16 or second.dtype != torch.bfloat16:
         return False
     sizes = (first.shape[-1], *second.shape[-2:]) if second.dim() == 3 else (first.shape[-1], second.shape[-1])
-    starts = all(tensor.storage_offset() % ALIGNED == 0 for tensor in (first, second))
     dense = second.dim() == 2 or second.is_contiguous() or second.transpose(1, 2).is_contiguous()
     some = first.numel() > 0 and second.numel() > 0 and len(offsets) <= MOST_GROUPS + 1
-    return some and starts and dense and all(size % ALIGNED == 0 for size in sizes)
+    return some and dense and all(size % ALIGNED == 0 for size in sizes)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -60,8 +59,13 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
+def _aligned_matrices(weights: Tensor) -> Tensor:
+    """The same for dense matrices, which keep their strides."""
+    return weights if weights.storage_offset() % ALIGNED == 0 else weights.clone()
+
+
 def _product(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    return F.grouped_mm(_aligned(x), weights, offs=offsets[1:])
+    return F.grouped_mm(_aligned(x), _aligned_matrices(weights), offs=offsets[1:])
 
 
 def _product_fake(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, 
     want_x, want_weights, _ = ctx.needs_input_grad
     grad_y, grad_x, grad_weights = _aligned(grad_y), None, None
     if want_x:
-        grad_x = F.grouped_mm(grad_y, weights.transpose(1, 2), offs=offsets[1:])
+        grad_x = F.grouped_mm(grad_y, _aligned_matrices(weights).transpose(1, 2), offs=offsets[1:])
     if want_weights and weights.is_contiguous():
         grad_weights = F.grouped_mm(_aligned(x).t(), grad_y, offs=offsets[1:])
     elif want_weights:

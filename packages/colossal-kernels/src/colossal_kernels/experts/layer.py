@@ -17,24 +17,13 @@ from torch import Tensor
 
 from colossal_core.ops import experts as reference
 from colossal_kernels.builds import Build
-from colossal_kernels.experts import gathered_products
 from colossal_kernels.experts import weighted_swiglu as gate
-from colossal_kernels.experts.gathered_products import gathered_outer, gathered_rows
 from colossal_kernels.experts.grouped_matmul import grouped_matmul, grouped_outer
 from colossal_kernels.experts.order import MOST_EXPERTS, expert_order
 from colossal_kernels.experts.rows import MOST_CHOICES, expert_permute, expert_unpermute
 from colossal_kernels.experts.weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
 from colossal_kernels.fitting import kernels_take
 from colossal_kernels.library import define, differentiate
-
-PRODUCTS = ("up", "down", "grad_h", "grad_down", "grad_x", "grad_up")
-"""Of rows: the packed gate and up, y, and the gradients of h and of x; outer: the gradients of both matrices."""
-GATHERED: tuple[str, ...] = ()
-"""Those of `PRODUCTS` that are ours, in half precision: they gather rows as they load them, where torch's want permuted copies.
-
-torch's take an expert's rows in steps of 256 (tiles of 128 by 256 in clusters of two, read in PyTorch's GroupMM.cu): of experts with 256
-in the mean, some with more and some with less, a third of what they multiply is no row. Ours take steps of 128: a fifth.
-"""
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -51,56 +40,28 @@ def _forward(
     x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, inverse, offsets = expert_order(chosen, len(gate_up))
-    top_k, ours = chosen.shape[1], _ours(x)
-    if "up" in ours:
-        packed = gathered_rows(x, gate_up.transpose(1, 2), order, offsets, top_k)
-    else:
-        packed = grouped_matmul(expert_permute(x, order, inverse), gate_up.transpose(1, 2), offsets)
+    packed = grouped_matmul(expert_permute(x, order, inverse), gate_up.transpose(1, 2), offsets)
     h = weighted_swiglu(packed, weights.contiguous(), order)
-    rows = _product("down" in ours, h, down.transpose(1, 2), offsets)
+    rows = grouped_matmul(h, down.transpose(1, 2), offsets)
     return expert_unpermute(rows, order, inverse), packed, order, inverse, offsets
-
-
-def _ours(x: Tensor) -> tuple[str, ...]:
-    return GATHERED if x.dtype in (torch.float16, torch.bfloat16) else ()
-
-
-def _product(ours: bool, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """Of rows that lie by expert."""
-    return gathered_rows(rows, weights, None, offsets, 1) if ours else grouped_matmul(rows, weights, offsets)
-
-
-def _outer(ours: bool, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Of rows that lie by expert."""
-    return gathered_outer(a, b, None, None, offsets, 1) if ours else grouped_outer(a, b, offsets)
 
 
 def _backward(
     grad_y: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, packed: Tensor,
     order: Tensor, inverse: Tensor, offsets: Tensor, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A copy that one product needs serves the other of the same rows as well."""
     want_x, want_gate_up, want_down = wanted
-    top_k, ours = inverse.shape[1], _ours(x)
     grad_down, grad_gate_up, grad_x = down.new_empty(0), gate_up.new_empty(0), x.new_empty(0)
-    gathers = "grad_h" in ours and ("grad_down" in ours or not want_down)
-    grad_rows = None if gathers else expert_permute(grad_y, order, inverse)
-    if grad_rows is None:
-        h = gathered_rows(grad_y, down, order, offsets, top_k)
-    else:
-        h = _product("grad_h" in ours, grad_rows, down, offsets)
+    grad_rows = expert_permute(grad_y, order, inverse)
+    h = grouped_matmul(grad_rows, down, offsets)  # the gradient of h, until the gate writes h over it
     grad_packed, grad_weights = weighted_swiglu_backward(h, packed, weights.contiguous(), order)
-    if want_down and grad_rows is None:
-        grad_down = gathered_outer(grad_y, h, order, None, offsets, top_k)
-    elif want_down and grad_rows is not None:
-        grad_down = _outer("grad_down" in ours, grad_rows, h, offsets)
+    if want_down:
+        grad_down = grouped_outer(grad_rows, h, offsets)
     del grad_rows, h
-    if want_gate_up and "grad_up" in ours:
-        grad_gate_up = gathered_outer(grad_packed, x, None, order, offsets, top_k)
-    elif want_gate_up:
+    if want_gate_up:
         grad_gate_up = grouped_outer(grad_packed, expert_permute(x, order, inverse), offsets)
     if want_x:
-        grad_x = expert_unpermute(_product("grad_x" in ours, grad_packed, gate_up, offsets), order, inverse)
+        grad_x = expert_unpermute(grouped_matmul(grad_packed, gate_up, offsets), order, inverse)
     return grad_x, grad_gate_up, grad_down, grad_weights.to(weights.dtype)
 
 
@@ -158,5 +119,5 @@ differentiate("experts", _gradients, _save)
 
 
 def builds() -> tuple[Build, ...]:
-    """The gate's and the products' that gather; the others stand beside their own ops."""
-    return (*gate.builds(), *gathered_products.builds())
+    """The gate's; the others stand beside their own ops."""
+    return gate.builds()

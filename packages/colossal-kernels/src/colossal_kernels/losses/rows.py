@@ -28,7 +28,7 @@ from colossal_kernels.losses.formulas import (
 
 MULTIPROCESSORS = 132
 """Of an H200. Fixed, so that sums are taken in the same order on every GPU."""
-READ_BLOCK, READ_WARPS, READ_STAGES = 4096, 4, 3
+READ_BLOCK, READ_WARPS, READ_STAGES = 4096, 4, 4
 """Statistics: columns at a time, warps of a program, loads in flight."""
 READ_PROGRAMS = 4 * MULTIPROCESSORS
 """With fewer rows than half of this, several programs share a row."""

@@ -24,8 +24,10 @@ from colossal_kernels.low_precision.fp8_codes import fp8_codes
 
 TILE_ELEMENTS, TILE_WARPS = 4096, 4
 """Numbers of one program that quantizes."""
-SUM_TILES, SUM_WARPS = 1, 8
+SUM_TILES, SUM_WARPS = 2, 8
 """Tiles of one program that sums, of four numbers for each thread: 4 bytes of codes and 16 of sums, so that none change threads."""
+SUM_MANY = 1 << 13
+"""Of fewer tiles each has a program of its own."""
 MOST_AT_ONCE = 8
 """Parts that are read before any is summed."""
 MOST_BLOCK = 1 << 13
@@ -134,9 +136,10 @@ def _sum(codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tenso
     total = _sum_fake(codes, scales, block, dtype)
     rows, size = _rows_of(block, 128 * SUM_WARPS)
     num_blocks = scales.shape[1]
-    _sum_kernel[(triton.cdiv(num_blocks, rows * SUM_TILES),)](
+    tiles = SUM_TILES if num_blocks >= rows * SUM_MANY else 1
+    _sum_kernel[(triton.cdiv(num_blocks, rows * tiles),)](
         codes_PN, scales_PB, total, codes_PN.stride(0), scales_PB.stride(0), codes.shape[1], num_blocks, len(codes), block,
-        min(len(codes), MOST_AT_ONCE), SUM_TILES, rows, size, num_warps=SUM_WARPS, enable_fp_fusion=False,
+        min(len(codes), MOST_AT_ONCE), tiles, rows, size, num_warps=SUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return total
 

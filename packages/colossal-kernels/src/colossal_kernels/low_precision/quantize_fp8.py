@@ -27,7 +27,7 @@ LARGEST_TILE, LARGEST_WARPS = (64, 128), 4
 """Of programs that look for largest magnitudes: 64 to 96 KiB under way on a multiprocessor."""
 LARGEST_PROGRAMS = 528
 """Most of them for one scale of a whole matrix: the four that each of an H200's 132 multiprocessors holds."""
-CODES_TILE, CODES_WARPS = (64, 64), 4
+CODES_TILE, CODES_WARPS = (64, 128), 4
 """Of programs that are given the largest magnitudes: 32 elements a thread, 40 to 48 KiB under way on a multiprocessor."""
 BLOCK_PART, BLOCK_WARPS = 32, 4
 """Of a tile of 128 by 128, the rows, and for the transposed codes the columns, of one program: few, for more programs a multiprocessor."""

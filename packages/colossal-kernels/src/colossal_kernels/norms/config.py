@@ -29,6 +29,10 @@ class NormConfig:
 FORWARD_TILE, FORWARD_PER_WARP = 2048, 512
 BACKWARD_TILE, BACKWARD_PER_WARP = 4096, 512
 """Numbers of a tile, and how many of them one warp has."""
+CENTRED_TILE = 2048
+"""The same of layer norms' backward passes, whose programs are then smaller and twice as many."""
+FP8_PER_WARP = 1024
+"""The same where numbers leave as eight bits."""
 EARLY_COLUMNS = 1 << 10
 """Rows up to this long are short work, in which it is seen when the weight is waited for after the row. Longer ones need the registers."""
 FORWARD_ROW_BYTES = 1 << 16
@@ -46,13 +50,13 @@ MOST_SHARED_BYTES = 200 * 1024
 """Of the 227 KiB that a program may have."""
 
 
-def forward_config(num_columns: int, element_bytes: int) -> NormConfig:
-    """One program for `rows` rows, or for one that it reads in chunks."""
+def forward_config(num_columns: int, element_bytes: int, per_warp: int = 0) -> NormConfig:
+    """One program for `rows` rows, or for one that it reads in chunks. per_warp: numbers of a warp; 0: `FORWARD_PER_WARP`."""
     if num_columns * element_bytes > FORWARD_ROW_BYTES:
         return NormConfig(rows=1, block=CHUNK, warps=8, stages=3)
     block = triton.next_power_of_2(num_columns)
     rows = max(FORWARD_TILE // max(block, 64), 1)
-    warps = min(max(rows * block // FORWARD_PER_WARP, 1), 32)
+    warps = min(max(rows * block // (per_warp or FORWARD_PER_WARP), 1), 32)
     return NormConfig(rows, block, warps, early=block <= EARLY_COLUMNS)
 
 
@@ -68,9 +72,12 @@ def backward_config(num_columns: int, loaded_bytes: int, centred: bool) -> NormC
         parts = max(PROGRAMS // triton.cdiv(num_columns, block), 1)
         return NormConfig(rows, block, 8, parts, _stages(BACKWARD_TILE * loaded_bytes))
     block = triton.next_power_of_2(num_columns)
-    rows = max(BACKWARD_TILE // max(block, 64), 1)
+    tile = CENTRED_TILE if centred else BACKWARD_TILE
+    rows = max(tile // max(block, 64), 1)
     warps = min(max(rows * block // BACKWARD_PER_WARP, 1), 16)
-    programs = PROGRAMS if block <= BACKWARD_TILE else PROGRAMS // 2
+    programs = PROGRAMS // 2 if block > BACKWARD_TILE else PROGRAMS
+    if centred and block <= CENTRED_TILE:
+        programs = 2 * PROGRAMS
     return NormConfig(rows, block, warps, programs, _stages(rows * block * loaded_bytes))
 
 

@@ -16,7 +16,7 @@ from colossal_kernels.builds import Build
 from colossal_kernels.fitting import has_fp8, have_one_a_feature, kernels_take
 from colossal_kernels.interpreting import interpreted
 from colossal_kernels.library import define
-from colossal_kernels.norms.config import forward_config
+from colossal_kernels.norms.config import FP8_PER_WARP, forward_config
 from colossal_kernels.row_layout import num_rows, one_a_column, row_starts, with_rows
 
 
@@ -31,7 +31,7 @@ def rms_norm_fp8(x: Tensor, weight: Tensor | None, eps: float, *, offset: float 
 
 def _held(x: Tensor) -> bool:
     """Whether registers hold a row."""
-    return forward_config(x.shape[-1], x.element_size()).block >= x.shape[-1]
+    return forward_config(x.shape[-1], x.element_size(), FP8_PER_WARP).block >= x.shape[-1]
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _launch(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tupl
     y, scale = _fake(x, weight, eps, offset)
     rows, columns = num_rows(x), x.shape[-1]
     x, layout = with_rows(x)
-    config = forward_config(columns, x.element_size())
+    config = forward_config(columns, x.element_size(), FP8_PER_WARP)
     _kernel[(triton.cdiv(rows, config.rows),)](
         x, weight, y, scale, rows, columns, eps, offset, *layout, HAS_WEIGHT=weight is not None,
         INTERPRETED=interpreted(), ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
@@ -108,7 +108,7 @@ def builds() -> tuple[Build, ...]:
     aligned = ("num_columns", "x_outer_stride", "x_middle_stride", "x_inner_stride")
     found = []
     for columns in (4096, 32768):
-        config = forward_config(columns, 2)
+        config = forward_config(columns, 2, FP8_PER_WARP)
         constants = {
             "HAS_WEIGHT": True,
             "INTERPRETED": False,

@@ -54,32 +54,8 @@ def _liger() -> Function:
     return lambda x, gate_up, down, chosen, weights: operator.apply(x, gate_up, down, chosen, weights)
 
 
-_PRODUCTS = "experts.gathered_products"
 _GATE = "experts.weighted_swiglu"
-_ROWS = ("up", "down", "grad_h", "grad_x")
-_OUTER = ("grad_down", "grad_up")
-_EACH = tuple((name,) for name in (*_ROWS, *_OUTER))
-KNOBS = (
-    Knobs(("both",), {f"{_GATE}:ROWS": (4, 8), f"{_GATE}:WARPS": (4, 8)}),
-    Knobs(("both",), {"experts.layer:GATHERED": (*_EACH, ("grad_h", "grad_down"), (*_ROWS, *_OUTER))}),
-    Knobs(
-        ("both",),
-        {
-            "experts.layer:GATHERED": (_ROWS,),
-            f"{_PRODUCTS}:ROWS_TILE": ((128, 128, 64), (128, 256, 64), (64, 256, 64)),
-            f"{_PRODUCTS}:STAGES": (3, 4),
-        },
-    ),
-    Knobs(
-        ("both",),
-        {
-            "experts.layer:GATHERED": (_OUTER,),
-            f"{_PRODUCTS}:OUTER_TILE": ((128, 128, 64), (128, 256, 64), (128, 128, 32)),
-            f"{_PRODUCTS}:STAGES": (3, 4),
-        },
-    ),
-)
-"""What each of our products gives by itself, then all of a kind by tile."""
+KNOBS = (Knobs(("both",), {f"{_GATE}:ROWS": (4, 8), f"{_GATE}:WARPS": (4, 8)}),)
 BENCH = OpBench(
     "experts",
     (
