@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from colossal_core.testing import RunRecord, RunSpec, WorkerPool, compare, table
+from colossal_core.testing import Oracles, RunRecord, RunSpec, WorkerPool, compare, table
 from colossal_core.testing.models import TokenBatches
-from colossal_core.testing.parity import oracle_of
 from colossal_core.testing.pool import PRELOAD
 from colossal_core.testing.probes import load_and_go_on, record, save_and_go_on
 from colossal_core.testing.suites import session_pool
@@ -103,6 +101,13 @@ def pool(request: pytest.FixtureRequest) -> WorkerPool:
     return pool
 
 
+@pytest.fixture
+def gpus() -> Iterator[WorkerPool]:
+    """Ranks on GPUs, other processes for each test: a group that uses symmetric memory can be made once in a process."""
+    with WorkerPool(280.0, device_type="cuda") as pool:
+        yield pool
+
+
 @pytest.fixture(scope="session")
 def run_of() -> Callable[..., RunSpec]:
     return make_run
@@ -132,21 +137,6 @@ def make_run(
     return replace(
         spec, plugins=",".join(["comm", "pipeline", *(name for name in ("tensor", "zero") if name in parallel)])
     )
-
-
-class Oracles:
-    """The records of runs in one process, each of which serves all runs that differ in nothing but how they are shared out."""
-
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
-        self._known: dict[str, RunRecord] = {}
-
-    def of(self, spec: RunSpec) -> RunRecord:
-        config = {key: value for key, value in spec.config.items() if key not in ("parallel", "compile", "recompute")}
-        key = f"{json.dumps(config, sort_keys=True)} {spec.model} {spec.loss_fn} {spec.optimizer} {spec.batch}"
-        if key not in self._known:
-            self._known[key] = self._pool.run(1, record, oracle_of(replace(spec, config=config)))[0]
-        return self._known[key]
 
 
 _ORACLES = pytest.StashKey[Oracles]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from colossal_core.testing import RunRecord, RunSpec, WorkerPool, compare, table
+from colossal_core.testing import Oracles, RunRecord, RunSpec, WorkerPool, compare, table
 from colossal_core.testing.models import TokenBatches
-from colossal_core.testing.parity import oracle_of
 from colossal_core.testing.pool import PRELOAD
 from colossal_core.testing.probes import load_and_go_on, record, save_and_go_on
 from colossal_core.testing.suites import session_pool
@@ -93,6 +91,13 @@ def pool(request: pytest.FixtureRequest) -> WorkerPool:
     return pool
 
 
+@pytest.fixture
+def gpus() -> Iterator[WorkerPool]:
+    """Ranks on GPUs, other processes for each test: a group that uses symmetric memory can be made once in a process."""
+    with WorkerPool(280.0, device_type="cuda") as pool:
+        yield pool
+
+
 @pytest.fixture(scope="session")
 def run_of() -> Callable[..., RunSpec]:
     return make_run
@@ -125,25 +130,6 @@ def make_run(
     ).with_overrides(overrides)
     zero = "zero" in spec.config.get("parallel", {})
     return replace(spec, plugins="comm,tensor,zero" if zero else "comm,tensor")
-
-
-class Oracles:
-    """The records of runs in one process, each of which serves all runs that differ in nothing but how they are shared out."""
-
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
-        self._known: dict[str, RunRecord] = {}
-
-    def of(self, spec: RunSpec) -> RunRecord:
-        config = {
-            key: value for key, value in spec.config.items() if key not in ("parallel", "compile", "recompute", "batch")
-        }
-        batch = {"global_size": spec.config["batch"]["global_size"], "micro_size": 2}
-        key = f"{json.dumps(config, sort_keys=True)} {batch} {spec.model} {spec.loss_fn} {spec.optimizer} {spec.batch}"
-        if key not in self._known:
-            alone = replace(spec, config={**config, "batch": batch})
-            self._known[key] = self._pool.run(1, record, oracle_of(alone))[0]
-        return self._known[key]
 
 
 _ORACLES = pytest.StashKey[Oracles]()

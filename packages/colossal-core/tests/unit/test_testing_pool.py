@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.testing import RankError, WorkerPool
@@ -119,6 +120,33 @@ def test_several_ranks_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(raised.value) == (
         "world_size=2: more than one rank needs the package colossal-comm, which is not installed: pip install colossal-comm"
     )
+
+
+def device_of(collectives: Collectives) -> str:
+    return str(collectives.device)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="here the rank would have its device")
+def test_the_device_reaches_the_ranks(pool: WorkerPool) -> None:
+    assert pool.run(1, device_of) == ["cpu"]
+    with WorkerPool(device_type="cuda") as own, pytest.raises(RankError) as raised:
+        own.run(1, device_of)
+    assert "torch.accelerator.set_device_index(rank)" in str(raised.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_takes_the_accelerator_with_its_number_before_it_joins(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.accelerator.set_device_index", chosen.append)
+    monkeypatch.setenv("COLOSSAL_PLUGINS", "")
+    if rank == 0:
+        assert str(connect(1, rank, "/nowhere", timedelta(seconds=1), "cuda").device) == "cuda:0"
+    else:
+        with pytest.raises(ConfigError):
+            connect(2, rank, "/nowhere", timedelta(seconds=1), "cuda")
+    assert chosen == [rank]
 
 
 def test_unknown_mutant_is_a_config_error() -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import pytest
 
 pytest.importorskip("colossal_zero")
 
 from colossal_core.testing import (
+    Oracles,
     RankError,
-    RunRecord,
     RunSpec,
     WorkerPool,
     compare,
@@ -26,10 +25,6 @@ from colossal_core.testing.probes import record
 from colossal_core.testing.verification import num_microbatches_of, with_mutant
 
 Run = Callable[..., RunSpec]
-
-
-class Oracles(Protocol):
-    def of(self, spec: RunSpec) -> RunRecord: ...
 
 
 RANKS = 4

@@ -4,32 +4,26 @@ bfloat16 compiled stages are no further from the truth than twice what one proce
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from colossal_comm import join, leave
-from colossal_core.collectives import SingleProcess
 from colossal_core.difference import relative_difference
-from colossal_core.mesh import MeshLayout
 from colossal_core.stage_links import FIRST_STEPS
-from colossal_core.testing import RunRecord, RunSpec, compare, record_run, table
+from colossal_core.testing import Oracles, RunRecord, RunSpec, WorkerPool, compare, table
+from colossal_core.testing.each import of_each
 from colossal_core.testing.models import TokenBatches
-from colossal_core.testing.parity import oracle_of
+from colossal_core.testing.probes import record
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("transformers", reason="these are models of transformers")
 pytest.importorskip("colossal_zero")
 pytest.importorskip("colossal_tensor")
 
-SECONDS = 300.0
 VOCABULARY, SEQUENCE_LENGTH = 96, 16
 SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv")
 COMPILED = {"compile": {"enabled": True}}
@@ -112,48 +106,18 @@ def cases_of(num_ranks: int) -> tuple[Case, ...]:
     return ALONE if torch.accelerator.device_count() >= 4 else (*ALONE, *WITH_ZERO)
 
 
-def rank_of(rank: int, cases: Sequence[Case], num_ranks: int, device_type: str, folder: str) -> None:
-    """One rank: its records go into files."""
-    torch.set_num_threads(1)
-    device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank)
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-    mesh = MeshLayout((num_ranks, 1, 1, 1, 1))
-    collectives = join(mesh, rank, device, f"file://{folder}/store", timedelta(seconds=120))
-    for place, case in enumerate(cases):
-        print(rank, case, flush=True)
-        torch.compiler.reset()
-        torch.save(record_run(case.spec(), collectives), f"{folder}/record-{place}-{rank}.pt")
-    leave(collectives)
+def spread(pool: WorkerPool, num_ranks: int, cases: Sequence[Case]) -> Iterator[tuple[Case, list[RunRecord]]]:
+    """Every case with its records, by rank."""
+    found = pool.run(num_ranks, of_each, record, {str(case): case.spec() for case in cases})
+    for case in cases:
+        yield case, [records[str(case)] for records in found]
 
 
-def spread(cases: Sequence[Case], num_ranks: int, device_type: str, folder: Path) -> list[list[RunRecord]]:
-    """The records of every case, by rank."""
-    context = multiprocessing.get_context("spawn")
-    arguments = (cases, num_ranks, device_type, str(folder))
-    ranks = [context.Process(target=rank_of, args=(rank, *arguments)) for rank in range(num_ranks)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(SECONDS)
-    found = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert found == [0] * num_ranks
-    return [
-        [torch.load(folder / f"record-{place}-{rank}.pt", weights_only=False) for rank in range(num_ranks)]
-        for place in range(len(cases))
-    ]
-
-
-def check(cases: Sequence[Case], num_ranks: int, device_type: str, folder: Path) -> None:
+def check(pool: WorkerPool, num_ranks: int, cases: Sequence[Case]) -> None:
     """Compares every case with one process on the CPU, and fails with the table of the first that differs."""
-    wanted: dict[tuple[str, int], RunRecord] = {}
-    for case, records in zip(cases, spread(cases, num_ranks, device_type, folder), strict=True):
-        key = case.kind, case.num_blocks
-        if key not in wanted:
-            wanted[key] = record_run(oracle_of(case.spec()), SingleProcess(torch.device("cpu")))
-        rows = compare(records, wanted[key])
+    oracles = Oracles()
+    for case, records in spread(pool, num_ranks, cases):
+        rows = compare(records, oracles.of(case.spec()))
         assert all(row.passed for row in rows), f"{case}\n{table(rows)}"
 
 
@@ -164,31 +128,30 @@ def vectors(run: RunRecord) -> list[torch.Tensor]:
     return [losses, *(torch.cat([tensor.double().reshape(-1) for tensor in kind]) for kind in kinds)]
 
 
-def check_rounded(cases: Sequence[Case], device_type: str, folder: Path) -> None:
+def check_rounded(pool: WorkerPool, cases: Sequence[Case]) -> None:
     """Compares every case with the truth, and its distance from it with that of one process on one device, where nothing is compiled."""
-    truth = vectors(record_run(oracle_of(cases[0].spec()), SingleProcess(torch.device("cpu"))))
-    one = SingleProcess(torch.device("cpu") if device_type == "cpu" else torch.device(device_type, 0))
-    alone = vectors(record_run(replace(cases[0].spec(), is_oracle=True), one))
-    for case, records in zip(cases, spread(cases, 2, device_type, folder), strict=True):
-        for record in records:
+    truth = vectors(Oracles().of(cases[0].spec()))
+    alone = vectors(pool.run(1, record, replace(cases[0].spec(), is_oracle=True))[0])
+    for case, records in spread(pool, 2, cases):
+        for found in map(vectors, records):
             ratios = [
                 relative_difference(ours, wanted) / relative_difference(near, wanted)
-                for wanted, near, ours in zip(truth, alone, vectors(record), strict=True)
+                for wanted, near, ours in zip(truth, alone, found, strict=True)
             ]
             assert max(ratios[1:]) <= 2.0, f"{case}: {ratios}"
-            assert relative_difference(vectors(record)[0], truth[0]) <= 2**-8, f"{case}: losses {vectors(record)[0]}"
+            assert relative_difference(found[0], truth[0]) <= 2**-8, f"{case}: losses {found[0]}"
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_gpus_are_one_process(num_ranks: int, tmp_path: Path) -> None:
+def test_gpus_are_one_process(gpus: WorkerPool, num_ranks: int) -> None:
     if torch.accelerator.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
-    check(cases_of(num_ranks), num_ranks, "cuda", tmp_path)
+    check(gpus, num_ranks, cases_of(num_ranks))
 
 
 @pytest.mark.timeout(300)
-def test_compiled_stages_in_bfloat16_stay_near_the_truth(tmp_path: Path) -> None:
+def test_compiled_stages_in_bfloat16_stay_near_the_truth(gpus: WorkerPool) -> None:
     if torch.accelerator.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    check_rounded(ROUNDED, "cuda", tmp_path)
+    check_rounded(gpus, ROUNDED)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
-from collections.abc import Sequence
-from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from colossal_comm import join, leave
 from colossal_core.collectives import Collectives
-from colossal_core.mesh import MeshLayout
 from colossal_core.stage_links import FIRST_STEPS
-from colossal_core.testing import RunSpec
+from colossal_core.testing import RunSpec, WorkerPool
+from colossal_core.testing.each import failures_of_each
 from colossal_core.testing.models import TokenBatches
-from colossal_core.testing.parity import share_of_step, start
+from colossal_core.testing.parity import start
+from colossal_core.testing.waiting import losses_without_waiting
 from colossal_pipeline.recorder import StepRecorder
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +23,6 @@ pytest.importorskip("transformers", reason="this is a model of transformers")
 pytest.importorskip("colossal_zero")
 
 NUM_RANKS = 2
-NUM_STEPS = 4
 VOCABULARY, SEQUENCE_LENGTH = 256, 64
 SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zbv")
 
@@ -68,9 +62,9 @@ def unpadded(step: int, num_sequences: int) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if name != "attention_mask"}
 
 
-def losses(case: dict[str, Any], collectives: Collectives) -> list[float]:
-    """Losses of some steps with four microbatches and clipping, the last one recorded. The first steps, which make what is made once and
-    send through host memory, are not watched.
+def train(collectives: Collectives, case: dict[str, Any]) -> None:
+    """Some steps with four microbatches and clipping, in which nothing must wait, the last one recorded. The first steps, which make what
+    is made once and send through host memory, are not watched.
     """
     config = {
         "batch": {"global_size": 4, "micro_size": 1},
@@ -78,66 +72,17 @@ def losses(case: dict[str, Any], collectives: Collectives) -> list[float]:
         "optimizer": {"max_grad_norm": 0.1},
         **case,
     }
-    spec = RunSpec(config, small_llama, unpadded, task="causal-lm", plugins="comm,pipeline,zero")
-    trained = start(spec, collectives)
-    shares = [share_of_step(spec, trained.plan, collectives.rank, step) for step in range(FIRST_STEPS + NUM_STEPS)]
-    found = [trained.train_step(share).loss for share in shares[:FIRST_STEPS]]
-    context = trained._engine.context
-    recorder = StepRecorder(collectives.device)
-    watched = collectives.device.type == "cuda"
-    if watched:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        found += [trained.train_step(share).loss for share in shares[FIRST_STEPS:-1]]
-        context.recorder = recorder
-        found.append(trained.train_step(shares[-1]).loss)
-    finally:
-        context.recorder = None
-        if watched:
-            torch.cuda.set_sync_debug_mode("default")
-    spans = recorder.spans()
-    assert tuple(span.action for span in spans) == trained.plan.program.actions[context.coordinate["pp"]]
+    spec = RunSpec(config, small_llama, unpadded, num_steps=4, task="causal-lm", plugins="comm,pipeline,zero")
+    trained, recorder = start(spec, collectives), StepRecorder(collectives.device)
+    losses_without_waiting(trained, spec, FIRST_STEPS, recorder)
+    spans, stage = recorder.spans(), trained._engine.context.coordinate["pp"]
+    assert tuple(span.action for span in spans) == trained.plan.program.actions[stage]
     assert all(one.start <= one.end <= other.start for one, other in pairwise(spans)), f"{spans}"
-    return [float(loss) for loss in found]
-
-
-def rank_of(rank: int, cases: Sequence[dict[str, Any]], device_type: str, folder: str) -> None:
-    """One rank: for every case its losses, or what waited, go into a file. What waits does so on every rank, so all go on."""
-    torch.set_num_threads(1)
-    device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank)
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-    mesh = MeshLayout((NUM_RANKS, 1, 1, 1, 1))
-    collectives = join(mesh, rank, device, f"file://{folder}/store", timedelta(seconds=60))
-    found: list[list[float] | str] = []
-    for case in cases:
-        torch.compiler.reset()
-        try:
-            found.append(losses(case, collectives))
-        except (RuntimeError, AssertionError):
-            found.append(traceback.format_exc())
-        torch.save(found, f"{folder}/found-{rank}.pt")
-    leave(collectives)
-
-
-def watch(cases: Sequence[dict[str, Any]], device_type: str, folder: Path) -> list[list[list[float] | str]]:
-    """What each rank found, case by case."""
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=rank_of, args=(rank, cases, device_type, str(folder))) for rank in range(NUM_RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    for process in ranks:
-        process.kill()
-    return [torch.load(folder / f"found-{rank}.pt") for rank in range(NUM_RANKS)]
 
 
 @pytest.mark.timeout(300)
-def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+def test_no_step_waits_for_the_device(gpus: WorkerPool) -> None:
     if torch.accelerator.device_count() < NUM_RANKS:
         pytest.skip(f"needs {NUM_RANKS} GPUs")
-    for found in watch(CASES, "cuda", tmp_path):
-        waited = [f"{case}\n{text}" for case, text in zip(CASES, found, strict=False) if isinstance(text, str)]
-        assert not waited, "\n".join(waited)
-        assert len(found) == len(CASES), f"no end of {CASES[len(found)]}"
+    for waited in gpus.run(NUM_RANKS, failures_of_each, train, {str(case): case for case in CASES}):
+        assert not waited, "\n".join(f"{name}\n{text}" for name, text in waited.items())

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
-from colossal_comm import RankCollectives, join, leave
+from colossal_core.collectives import Collectives
 from colossal_core.mesh import MeshLayout
 from colossal_core.ops.cross_entropy import cross_entropy
+from colossal_core.testing import WorkerPool
 from colossal_tensor.cross_entropy import Words, vocabulary_cross_entropy
 from colossal_tensor.matmul import SequenceMatmul, sequence_matmul
 
@@ -70,7 +65,7 @@ def expected(found: Named, rank: int, transposed: bool) -> list[torch.Tensor]:
     return [result.detach().chunk(NUM_RANKS, 1)[rank], *(part.detach() for part in parts.values())]
 
 
-def products(collectives: RankCollectives) -> list[tuple[str, float]]:
+def products(collectives: Collectives) -> list[tuple[str, float]]:
     rows = []
     for symmetric in (True, False):
         matmul = sequence_matmul(collectives, "tp", symmetric=symmetric)
@@ -87,7 +82,7 @@ def products(collectives: RankCollectives) -> list[tuple[str, float]]:
     return rows
 
 
-def losses(collectives: RankCollectives) -> list[tuple[str, float]]:
+def losses(collectives: Collectives) -> list[tuple[str, float]]:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(300, 100, generator=generator, dtype=torch.float64).to(collectives.device).requires_grad_()
     labels = torch.randint(0, 100, (300,), generator=generator).to(collectives.device)
@@ -108,25 +103,14 @@ def losses(collectives: RankCollectives) -> list[tuple[str, float]]:
     return rows
 
 
-def rank_of(rank: int, folder: str) -> None:
-    """One rank: its errors go into a file."""
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    torch.cuda.set_device(rank)
-    mesh = MeshLayout((1, 1, 1, 1, NUM_RANKS))
-    collectives: Any = join(mesh, rank, torch.device("cuda", rank), f"file://{folder}/store", timedelta(seconds=120))
-    torch.save([*products(collectives), *losses(collectives)], f"{folder}/errors-{rank}.pt")
-    leave(collectives)
+def errors(collectives: Collectives) -> list[tuple[str, float]]:
+    tensor_ranks = collectives.with_mesh(MeshLayout((1, 1, 1, 1, NUM_RANKS)))
+    return [*products(tensor_ranks), *losses(tensor_ranks)]
 
 
-def test_two_gpus_give_the_whole_product(tmp_path: Path) -> None:
-    assert torch.accelerator.device_count() >= NUM_RANKS
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=rank_of, args=(rank, str(tmp_path))) for rank in range(NUM_RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(400)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    for rank in range(NUM_RANKS):
-        errors: list[tuple[str, float]] = torch.load(tmp_path / f"errors-{rank}.pt")
-        assert [row for row in errors if not row[1] <= 1e-12] == []
+@pytest.mark.timeout(400)
+def test_two_gpus_give_the_whole_product(gpus: WorkerPool) -> None:
+    if torch.accelerator.device_count() < NUM_RANKS:
+        pytest.skip(f"needs {NUM_RANKS} GPUs")
+    for found in gpus.run(NUM_RANKS, errors):
+        assert [row for row in found if not row[1] <= 1e-12] == []

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from colossal_comm import RankCollectives, join, leave
-from colossal_core.collectives import SingleProcess
+from colossal_comm import RankCollectives
+from colossal_core.collectives import Collectives
 from colossal_core.mesh import MeshLayout
-from colossal_core.testing import RunRecord, RunSpec, compare, record_run, table
+from colossal_core.testing import Oracles, RunRecord, RunSpec, WorkerPool, compare, table
+from colossal_core.testing.each import of_each
 from colossal_core.testing.models import TokenBatches
-from colossal_core.testing.parity import oracle_of
+from colossal_core.testing.probes import record
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("transformers", reason="these are models of transformers")
 pytest.importorskip("colossal_zero")
 
-SECONDS = 300.0
 VOCABULARY, SEQUENCE_LENGTH = 96, 16
 PLAIN, WHOLE = {"overlap": "plain"}, {"sequence_parallel": False}
 COMPILED = {"compile": {"enabled": True}}
@@ -98,55 +95,27 @@ def cases_of(num_ranks: int) -> tuple[Case, ...]:
     return ALONE if torch.accelerator.device_count() >= 4 else (*ALONE, *WITH_ZERO)
 
 
-def rank_of(rank: int, cases: Sequence[Case], num_ranks: int, device_type: str, folder: str) -> None:
-    """One rank: its records go into files."""
-    torch.set_num_threads(1)
-    device = torch.device("cpu") if device_type == "cpu" else torch.device(device_type, rank)
-    mesh = MeshLayout((1, 1, 1, 1, num_ranks))
-    collectives = join(mesh, rank, device, f"file://{folder}/store", timedelta(seconds=120))
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-        assert isinstance(collectives, RankCollectives)
-        assert collectives.symmetric_group("tp"), "these GPUs do not reach each other's memory"
-    for place, case in enumerate(cases):
-        print(rank, case, flush=True)
-        torch.compiler.reset()
-        torch.save(record_run(case.spec(), collectives), f"{folder}/record-{place}-{rank}.pt")
-    leave(collectives)
+def record_with_symmetric_memory(collectives: Collectives, spec: RunSpec) -> RunRecord:
+    """The record of a whole run. On GPUs its products go through symmetric memory."""
+    if collectives.device.type == "cuda":
+        seen = collectives.with_mesh(MeshLayout((1, 1, 1, 1, collectives.mesh.world_size)))
+        assert isinstance(seen, RankCollectives)
+        assert seen.symmetric_group("tp"), "these GPUs do not reach each other's memory"
+    return record(collectives, spec)
 
 
-def spread(cases: Sequence[Case], num_ranks: int, device_type: str, folder: Path) -> list[list[RunRecord]]:
-    """The records of every case, by rank."""
-    context = multiprocessing.get_context("spawn")
-    arguments = (cases, num_ranks, device_type, str(folder))
-    ranks = [context.Process(target=rank_of, args=(rank, *arguments)) for rank in range(num_ranks)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(SECONDS)
-    found = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert found == [0] * num_ranks
-    return [
-        [torch.load(folder / f"record-{place}-{rank}.pt", weights_only=False) for rank in range(num_ranks)]
-        for place in range(len(cases))
-    ]
-
-
-def check(cases: Sequence[Case], num_ranks: int, device_type: str, folder: Path) -> None:
+def check(pool: WorkerPool, num_ranks: int, cases: Sequence[Case]) -> None:
     """Compares every case with one process on the CPU, and fails with the table of the first that differs."""
-    wanted: dict[str, RunRecord] = {}
-    for case, records in zip(cases, spread(cases, num_ranks, device_type, folder), strict=True):
-        if case.kind not in wanted:
-            wanted[case.kind] = record_run(oracle_of(case.spec()), SingleProcess(torch.device("cpu")))
-        rows = compare(records, wanted[case.kind])
-        assert all(row.passed for row in rows), f"{case}\n{table(rows)}"
+    oracles, specs = Oracles(), {str(case): case.spec() for case in cases}
+    found = pool.run(num_ranks, of_each, record_with_symmetric_memory, specs)
+    for name, spec in specs.items():
+        rows = compare([records[name] for records in found], oracles.of(spec))
+        assert all(row.passed for row in rows), f"{name}\n{table(rows)}"
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_gpus_are_one_process(num_ranks: int, tmp_path: Path) -> None:
+def test_gpus_are_one_process(gpus: WorkerPool, num_ranks: int) -> None:
     if torch.accelerator.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
-    check(cases_of(num_ranks), num_ranks, "cuda", tmp_path)
+    check(gpus, num_ranks, cases_of(num_ranks))

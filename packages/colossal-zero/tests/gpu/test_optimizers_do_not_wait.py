@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from colossal_core.collectives import Collectives, SingleProcess
+from colossal_core.collectives import SingleProcess
 from colossal_core.testing import RunSpec
 from colossal_core.testing.models import TinyModel, TokenBatches
-from colossal_core.testing.parity import share_of_step, start
+from colossal_core.testing.parity import start
+from colossal_core.testing.waiting import losses_without_waiting
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-NUM_STEPS = 4
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("adamw", precision, {}) for precision in ("fp16", "fp32", "bf16")),
     ("adamw", "bf16", {"states": "bf16"}),
@@ -29,31 +30,21 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 """(optimizer, precision, keys of the section `optimizer`)."""
 
 
-def steps(collectives: Collectives, optimizer: dict[str, Any], precision: str, stage: int) -> list[torch.Tensor]:
-    """Losses of some steps with two microbatches and clipping. The first step, which makes what is made once, is not watched."""
+def spec_of(optimizer: dict[str, Any], precision: str, stage: int) -> RunSpec:
+    """Two microbatches and clipping."""
     config = {
         "batch": {"global_size": 4, "micro_size": 2},
         "precision": precision,
         "optimizer": {"max_grad_norm": 0.1, **optimizer},
         "parallel": {"zero": {"stage": stage, "bucket_bytes": 9000}},
     }
-    spec = RunSpec(config, TinyModel(), TokenBatches(), task="causal-lm")
-    trained = start(spec, collectives)
-    shares = [share_of_step(spec, trained.plan, 0, step) for step in range(1 + NUM_STEPS)]
-    trained.train_step(shares[0])
-    mode = "error" if collectives.device.type == "cuda" else "default"
-    if mode == "error":
-        torch.cuda.set_sync_debug_mode(mode)
-    try:
-        return [trained.train_step(share).loss for share in shares[1:]]
-    finally:
-        if mode == "error":
-            torch.cuda.set_sync_debug_mode("default")
+    return RunSpec(config, TinyModel(), TokenBatches(), num_steps=4, task="causal-lm")
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("name", "precision", "keys"), CASES)
 def test_no_step_waits_for_the_device(name: str, precision: str, keys: dict[str, Any], stage: int) -> None:
-    losses = steps(SingleProcess(torch.device("cuda", 0)), {"name": name, **keys}, precision, stage)
-    assert all(bool(torch.isfinite(loss)) for loss in losses)
+    spec = spec_of({"name": name, **keys}, precision, stage)
+    trained = start(spec, SingleProcess(torch.device("cuda", 0)))
+    assert all(math.isfinite(loss) for loss in losses_without_waiting(trained, spec))

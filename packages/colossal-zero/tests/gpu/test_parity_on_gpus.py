@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from colossal_comm import join, leave
-from colossal_core.collectives import SingleProcess
-from colossal_core.mesh import MeshLayout
-from colossal_core.testing import RunRecord, RunSpec, compare, record_run, table
+from colossal_core.testing import Oracles, RunSpec, WorkerPool, compare, table
 from colossal_core.testing.models import TinyModel, TinyOptions, TokenBatches
-from colossal_core.testing.parity import oracle_of
+from colossal_core.testing.probes import record
 
 pytestmark = pytest.mark.gpu
 NUM_RANKS = 2
@@ -31,27 +26,16 @@ def spec_of(stage: int) -> RunSpec:
     return RunSpec(config, TinyModel(TinyOptions(dropout=0.1, unused=True)), TokenBatches(), task="causal-lm")
 
 
-def rank_of(rank: int, stage: int, folder: str) -> None:
-    """One rank: its record goes into a file."""
-    mesh = MeshLayout((1, 1, NUM_RANKS, 1, 1))
-    address = f"file://{folder}/store-{stage}"
-    collectives = join(mesh, rank, torch.device("cuda", rank), address, timedelta(seconds=120))
-    torch.save(record_run(spec_of(stage), collectives), f"{folder}/record-{stage}-{rank}.pt")
-    leave(collectives)
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[WorkerPool]:
+    if torch.accelerator.device_count() < NUM_RANKS:
+        pytest.skip(f"needs {NUM_RANKS} GPUs")
+    with WorkerPool(240.0, device_type="cuda") as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_gpus_are_one_process(stage: int, tmp_path: Path) -> None:
-    assert torch.accelerator.device_count() >= NUM_RANKS
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=rank_of, args=(rank, stage, str(tmp_path))) for rank in range(NUM_RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    records: list[RunRecord] = [
-        torch.load(tmp_path / f"record-{stage}-{rank}.pt", weights_only=False) for rank in range(NUM_RANKS)
-    ]
-    rows = compare(records, record_run(oracle_of(spec_of(stage)), SingleProcess(torch.device("cpu"))))
-    assert all(row.passed for row in rows), table(rows)
+def test_two_gpus_are_one_process(gpus: WorkerPool, stage: int) -> None:
+    spec = spec_of(stage)
+    rows = compare(gpus.run(NUM_RANKS, record, spec), Oracles().of(spec))
+    assert all(row.passed for row in rows), f"\n{table(rows)}"

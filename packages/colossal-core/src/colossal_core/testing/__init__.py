@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from colossal_core.difference import EXACT, relative_difference
     from colossal_core.testing.comparison import Row, compare, table
+    from colossal_core.testing.oracles import Oracles
     from colossal_core.testing.parity import RunRecord, RunSpec, record_run
     from colossal_core.testing.pool import RankError, WorkerPool
     from colossal_core.testing.suites import CheckpointSuite, OpSuite, StrategySuite
@@ -24,6 +25,7 @@ __all__ = [
     "EXACT",
     "CheckpointSuite",
     "OpSuite",
+    "Oracles",
     "RankError",
     "Row",
     "RunRecord",
@@ -46,6 +48,7 @@ _MODULES = {
     "EXACT": "colossal_core.difference",
     "CheckpointSuite": "colossal_core.testing.suites",
     "OpSuite": "colossal_core.testing.suites",
+    "Oracles": "colossal_core.testing.oracles",
     "RankError": "colossal_core.testing.pool",
     "Row": "colossal_core.testing.comparison",
     "RunRecord": "colossal_core.testing.parity",

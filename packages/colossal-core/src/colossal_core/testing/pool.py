@@ -1,4 +1,6 @@
-"""`WorkerPool`: ranks for tests and for `colossal verify`, started from a server that has imported torch already, kept and reused."""
+"""`WorkerPool`: ranks for tests and for `colossal verify`, on the CPU or on GPUs, kept and reused. Those on the CPU are forked from a
+server that has imported torch already.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FunctionType, TracebackType
@@ -25,7 +28,9 @@ from colossal_core.testing.worker import Failure, Job, work
 T = TypeVar("T")
 
 PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "colossal_core.config", "colossal_core.testing.parity")
-"""Imported once, by the server that ranks are forked from. No tensor is made there: a fork after a parallel region would hang."""
+"""Imported once, by the server that ranks on the CPU are forked from. No tensor is made there: a fork after a parallel region would hang.
+Nor does anything here ask for CUDA devices: what is forked from a process that has done so cannot use them.
+"""
 
 GRACE_SECONDS = 2.0
 """How long the other ranks may take, after one has failed, to say how they failed; then all are killed."""
@@ -51,14 +56,22 @@ class _Worker:
 class WorkerPool:
     """Worker processes with one thread each. Any world size up to what was ever asked for reuses the same processes.
 
-    timeout_seconds: of one `run`, of joining and of every collective. Use it as a context manager, or call `close`; at the
-    interpreter's exit, and when the parent is killed, the workers end too.
+    timeout_seconds: of one `run`, of joining and of every collective. device_type: `cpu`, or `cuda`: a rank's device is the GPU with its
+    number, which is its current one before it joins. Such ranks start from nothing, for some seconds, and never have a CUDA that was begun
+    in another process: the server of those on the CPU may also have been told to import transformers, which asks for the devices. torch's
+    symmetric memory knows a group by its name for as long as a process lives, and each `run` makes groups of the same names: runs that use
+    it want a pool each.
+
+    Use it as a context manager, or call `close`; at the interpreter's exit, and when the parent is killed, the workers end too.
     """
 
-    def __init__(self, timeout_seconds: float = 180.0) -> None:
+    def __init__(self, timeout_seconds: float = 180.0, *, device_type: str = "cpu") -> None:
         self.timeout_seconds = timeout_seconds
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOAD))
+        self.device_type = device_type
+        self._context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+        if device_type == "cpu":
+            self._context = multiprocessing.get_context("forkserver")
+            self._context.set_forkserver_preload(list(PRELOAD))
         self._workers: list[_Worker] = []
         self._folder = Path(tempfile.mkdtemp(prefix="colossal-pool-"))
         self._numbers = itertools.count()
@@ -78,7 +91,7 @@ class WorkerPool:
         assert self._finalizer.alive, "the pool is closed"
         payload, modules = _pickled(function, arguments)
         store = self._folder / f"store-{next(self._numbers)}"
-        job = Job(world_size, 0, str(store), self.timeout_seconds, modules, payload)
+        job = Job(world_size, 0, str(store), self.timeout_seconds, modules, payload, self.device_type)
         self._start(world_size)
         chosen = self._workers[:world_size]
         for rank, worker in enumerate(chosen):

@@ -26,6 +26,7 @@ class Job:
     """One rank's part of `WorkerPool.run`. modules: (name, file) of modules that are not importable by name (pytest's importlib mode).
 
     payload: the pickled (function, arguments). store_path: where the group's store will be; a file that does not exist yet.
+    device_type: `cpu`, or that of accelerators, of which each rank takes the one with its number.
     """
 
     world_size: int
@@ -34,6 +35,7 @@ class Job:
     timeout_seconds: float
     modules: tuple[tuple[str, str], ...]
     payload: bytes
+    device_type: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Failure:
     at: float
 
 
-def connect(world_size: int, rank: int, store_path: str, timeout: timedelta) -> Collectives:
-    """The collectives of one rank on the CPU: core's own for one rank, else those of the first plugin that provides them.
+def connect(world_size: int, rank: int, store_path: str, timeout: timedelta, device_type: str = "cpu") -> Collectives:
+    """The collectives of one rank: core's own for one rank, else those of the first plugin that provides them. They are on the CPU, or on
+    the accelerator with the rank's number, which becomes this process's current one first.
 
     Raises: ConfigError where no plugin implements `colossal_connect`.
     """
@@ -59,7 +62,10 @@ def connect(world_size: int, rank: int, store_path: str, timeout: timedelta) -> 
     from colossal_core.mesh import MeshLayout
     from colossal_core.plugins import discover
 
-    device = torch.device("cpu")
+    device = torch.device(device_type)
+    if device.type != "cpu":
+        device = torch.device(device.type, rank)
+        torch.accelerator.set_device_index(rank)
     if world_size == 1:
         return SingleProcess(device)
     mesh = MeshLayout((1, 1, world_size, 1, 1))
@@ -109,7 +115,8 @@ def _run(job: Job) -> bytes:
         for name, path in job.modules:
             _load(name, path)
         function, arguments = pickle.loads(job.payload)
-        collectives = connect(job.world_size, job.rank, job.store_path, timedelta(seconds=job.timeout_seconds))
+        timeout = timedelta(seconds=job.timeout_seconds)
+        collectives = connect(job.world_size, job.rank, job.store_path, timeout, job.device_type)
         answer = pickle.dumps(function(collectives, *arguments))
         collectives.close(timedelta(seconds=10))
     except BaseException as error:  # carried to the parent, whatever it is
