@@ -30,6 +30,16 @@ def test_every_stage(run_of: Run, exact: Exact, schedule: str, stage: int) -> No
     exact(run_of("llama", overrides), 4)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_gradients_that_every_backward_pass_reduces(run_of: Run, exact: Exact, schedule: str, stage: int) -> None:
+    overrides = {
+        "parallel.pipeline": {"size": 2, "schedule": schedule},
+        "parallel.zero": {"stage": stage, "keep_gradients": "microbatch"},
+    }
+    exact(run_of("llama", overrides, microbatches=8), 4)
+
+
 @pytest.mark.parametrize(
     ("schedule", "stage", "recompute"), [("zb-h1", 0, "full"), ("zb-h1", 3, "none"), ("zbv", 3, "selective")]
 )

@@ -24,5 +24,8 @@ class ZeroConfig(Section):
     keep_parameters: Literal["use", "microbatch", "step"] | None = None
     """Stage 3: how long gathered parameters stay. `use`: through a block's forward pass, and again through its backward pass. `microbatch`:
     from the one to the other. `step`: gathered once for all microbatches, as a pipeline needs it. null: `use`, in a pipeline `step`."""
+    keep_gradients: Literal["microbatch", "step"] | None = None
+    """Stages 2 and 3: how long whole gradients stay. `microbatch`: each backward pass reduces them, and a shard is kept. `step`: they are
+    added up whole, as in stage 1, and reduced once a step. null: `microbatch`, in a pipeline `step`."""
     prefetch: Annotated[int, Field(ge=0)] | None = None
     """Stage 3: how many blocks ahead parameters are gathered. null: 1. 0: each gather is waited for where it is needed."""

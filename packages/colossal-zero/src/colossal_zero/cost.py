@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from colossal_zero.config import ZeroConfig
 
 KEEP = {"use": 0.0, "microbatch": 1.0, "step": 2.0}
-"""`keep_parameters` as a number of the table."""
+"""`keep_parameters` and `keep_gradients` as numbers of the table."""
 
 
 def estimate_zero(table: EstimateTable, profile: HardwareProfile, config: ZeroConfig) -> EstimateTable:
@@ -32,7 +32,7 @@ def estimate_zero(table: EstimateTable, profile: HardwareProfile, config: ZeroCo
     | 3     | c (F/n + E)   | m P/n                 | g P/n     | s P/n  |
 
     (Frozen parameters of stage 3 are kept as a shard; it stands with the compute copy. E: elements outside every block and in one block,
-    which are gathered while the optimizer runs and stay until the next step uses them.)
+    which are gathered while the optimizer runs and stay until the next step uses them. With `keep_gradients: step` gradients are g P.)
     """
     size = _Sizes(table, profile, config)
     stage, shards = size.stage, size.shards
@@ -42,7 +42,7 @@ def estimate_zero(table: EstimateTable, profile: HardwareProfile, config: ZeroCo
     table = table.adding("parameter_bytes", kept)
     own_master = np.where(stage == 3, float(master), float(master if master != compute else 0))
     table = table.adding("master_bytes", own_master * size.trained / shards)
-    gradient_shards = np.where(stage >= 2, size.ranks, 1.0)
+    gradient_shards = np.where(size.whole_gradients, 1.0, size.ranks)
     table = table.adding("gradient_bytes", profile.kept_gradient_bytes * size.trained / gradient_shards)
     table = table.adding("optimizer_bytes", table.model.state_bytes(master) * size.trained / shards)
     table = table.adding("gathered_bytes", _gathered(table, profile, size))
@@ -71,6 +71,10 @@ class _Sizes:
         default = np.where(table.inputs["pp"] > 1, KEEP["step"], KEEP["use"])
         asked_keep = default if config.keep_parameters is None else np.full(len(table), KEEP[config.keep_parameters])
         self.keep = table.inputs.get("keep_parameters", asked_keep)
+        default = np.where(table.inputs["pp"] > 1, KEEP["step"], KEEP["microbatch"])
+        asked_keep = default if config.keep_gradients is None else np.full(len(table), KEEP[config.keep_gradients])
+        keeps_gradients = table.inputs.get("keep_gradients", asked_keep)
+        self.whole_gradients = (self.stage < 2) | (keeps_gradients == KEEP["step"])
         self.prefetch = table.input("prefetch", 1 if config.prefetch is None else config.prefetch)
         wire = {None: profile.kept_gradient_bytes, "fp32": 4, "bf16": 2}[config.reduce_dtype]
         self.wire = table.input("reduce_element_bytes", wire)
@@ -94,8 +98,8 @@ def _gathered(table: EstimateTable, profile: HardwareProfile, size: _Sizes) -> n
 def _transient(profile: HardwareProfile, size: _Sizes) -> np.ndarray:
     """What exists in the backward pass beside the activations and the work of the block at its turn.
 
-    Stages 0 and 1: gradients of one bucket as autograd leaves them, and, where gradients are sent in another format than they are kept, a
-    copy of all of them. Stages 2 and 3: two flat buffers and the shards that arrive, of the largest bucket and of a block; the gradients
+    Whole gradients: those of one bucket as autograd leaves them, and, where gradients are sent in another format than they are kept, a
+    copy of all of them. Else two flat buffers and the shards that arrive, of the largest bucket and of a block; the gradients
     of that block as autograd leaves them are part of its work.
     """
     arriving = profile.compute_element_bytes * size.bucket
@@ -104,7 +108,7 @@ def _transient(profile: HardwareProfile, size: _Sizes) -> np.ndarray:
     flat = size.wire * (size.bucket + second) * (1 + 1 / size.ranks)
     several = size.ranks > 1
     found: np.ndarray = np.where(
-        size.stage >= 2, np.where(several, flat, arriving), arriving + np.where(several, copied, 0.0)
+        size.whole_gradients, arriving + np.where(several, copied, 0.0), np.where(several, flat, arriving)
     )
     return found
 
@@ -113,7 +117,7 @@ def _sent(table: EstimateTable, profile: HardwareProfile, size: _Sizes) -> np.nd
     """Bytes along the shard axes in one step of k microbatches, each by a ring: (n-1)/n of a buffer for a reduce-scatter or an all-gather.
 
     Stage 0: 2 r P. Stage 1: (r + c) P. Stage 2: (r k + c) P. Stage 3: r k P, and c times what is gathered, frozen parameters included:
-    `use` k (P + all blocks), `microbatch` k P, `step` P.
+    `use` k (P + all blocks), `microbatch` k P, `step` P. With `keep_gradients: step` r P in the place of r k P.
     """
     compute, count = profile.compute_element_bytes, table.inputs["num_microbatches"]
     everything = size.trained + size.frozen
@@ -124,11 +128,12 @@ def _sent(table: EstimateTable, profile: HardwareProfile, size: _Sizes) -> np.nd
         everything,
     )
     reduced = size.wire * size.trained
+    times = np.where(size.whole_gradients, 1.0, count)
     per_stage = [
         2 * reduced,
         reduced + compute * size.trained,
-        count * reduced + compute * size.trained,
-        count * reduced + compute * gathered,
+        times * reduced + compute * size.trained,
+        times * reduced + compute * gathered,
     ]
     found: np.ndarray = (
         (size.ranks - 1) / size.ranks * np.select([size.stage == stage for stage in range(4)], per_stage)

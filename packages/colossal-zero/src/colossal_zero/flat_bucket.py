@@ -27,8 +27,8 @@ class FlatBucket:
     """The parameters of one bucket, trained or all of them frozen (stage 3 alone shards those).
 
     Kept on each of n ranks, for a flat length L: compute copy L (stage 3: only while gathered); masters L (stage 0) or L/n, none where the
-    compute copy holds them; gradients L (stages 0 and 1) or L/n, from a step's first to the begin of the next step. Stages 2 and 3 fill a
-    transient buffer of L in the wire dtype for each reduction.
+    compute copy holds them; gradients L where they are added up whole, else L/n, from a step's first to the begin of the next step. In the
+    second case each reduction fills a transient buffer of L in the wire dtype.
 
     Communication, M bytes of a flat buffer: stage 0 sends 2 (n-1)/n M in `start_reduce`, the others (n-1)/n M; `start_gather` (n-1)/n M.
     """
@@ -63,7 +63,7 @@ class FlatBucket:
         self._master = self._compute[self._own] if masters is None else masters
         self._gradient = self._compute.new_zeros(0)
         if self.trainable:
-            kept = length if formats.stage < 2 else self._kept
+            kept = length if formats.whole_gradients else self._kept
             self._gradient = torch.zeros(kept, dtype=formats.gradient, device=device)
             self._gradient.untyped_storage().resize_(0)
         self._fresh = True
@@ -109,7 +109,7 @@ class FlatBucket:
         """This rank's range of the reduced gradients, whose memory exists from the first of a step's to the begin of the next step."""
         if not self._gradient.untyped_storage().size():
             self._gradient.untyped_storage().resize_(self._gradient.nbytes)
-        return self._gradient[self._own] if self._formats.stage < 2 else self._gradient
+        return self._gradient[self._own] if self._formats.whole_gradients else self._gradient
 
     def positions(self, unit: str) -> list[int]:
         """Which of the parameters are the unit's."""
@@ -206,11 +206,11 @@ class FlatBucket:
                 shard.gradient = reduced[start : start + numel].view(self._shapes[position])
 
     def take_gradients(self) -> None:
-        """Moves what autograd has left into the flat buffer: into the kept one (stages 0 and 1, or one rank), else into a transient one.
+        """Moves what autograd has left into the flat buffer: into the kept one (whole gradients, or one rank), else into a transient one.
 
         A parameter without a gradient counts as zero.
         """
-        if self._formats.stage < 2 or self._num_shards == 1:
+        if self._formats.whole_gradients or self._num_shards == 1:
             self._reduced()
             self._move(self._gradient, add=not self._fresh)
             self._fresh = False
@@ -241,11 +241,11 @@ class FlatBucket:
             parameter.grad = None
 
     def start_reduce(self) -> None:
-        """After `take_gradients`. Stages 0 and 1: once a step. Stages 2 and 3: each time, accumulating in the shard."""
+        """After `take_gradients`. Whole gradients: once a step. Else each time, accumulating in the shard."""
         if self._num_shards == 1:
             return
         tag, wire = f"gradient bucket {self.index}", self._formats.wire
-        if self._formats.stage < 2:
+        if self._formats.whole_gradients:
             self._sent = self._gradient if wire == self._gradient.dtype else self._gradient.to(wire)
         assert self._sent is not None
         if not self._formats.stage:
@@ -258,7 +258,7 @@ class FlatBucket:
 
     def _place_received(self, sent: torch.Tensor) -> torch.Tensor:
         """Where this rank's sum arrives: in the kept gradient where nothing is to be added or converted."""
-        if self._formats.stage < 2:
+        if self._formats.whole_gradients:
             return sent[self._own]
         if self._fresh and sent.dtype == self._gradient.dtype:
             return self._reduced()
@@ -274,10 +274,10 @@ class FlatBucket:
         kept = self._reduced()
         assert sum_here is not None
         if sum_here.data_ptr() != kept.data_ptr():
-            if self._formats.stage < 2 or self._fresh:
+            if self._formats.whole_gradients or self._fresh:
                 kept.copy_(sum_here)
             else:
                 kept.add_(sum_here)
-        if self._formats.stage >= 2:
+        if not self._formats.whole_gradients:
             self._fresh = False
         self._sent = self._received = None

@@ -57,6 +57,7 @@ class FlatState:
     ) -> None:
         self._collectives = collectives
         self._stage = formats.stage
+        self._whole_gradients = formats.whole_gradients
         self._keeps_for_step = gathering.keep == "step"
         coordinate = collectives.mesh.coordinate(collectives.rank)
         present = [bucket for bucket in buckets if layouts[bucket.names[0]].compute.is_present(coordinate)]
@@ -234,9 +235,9 @@ class FlatState:
         return arrived
 
     def _complete(self, bucket: FlatBucket) -> None:
-        """All of a bucket's gradients are there. What stages 0 and 1 keep is accumulated at once; reductions wait for their turn."""
+        """All of a bucket's gradients are there. What is kept whole is added up at once; reductions wait for their turn."""
         self._order.complete(bucket.index)
-        if self._stage < 2:
+        if self._whole_gradients:
             bucket.take_gradients()
         if self._is_learning():
             return
@@ -255,11 +256,11 @@ class FlatState:
         return not any(self._left[layout.block] for layout in bucket.layouts)
 
     def _start(self, bucket: FlatBucket) -> None:
-        """Starts the reduction of a complete bucket, once in each backward pass."""
+        """Starts the reduction of a complete bucket, once in each backward pass; of whole gradients only in the last one."""
         if bucket.index in self._started:
             return
         self._started.add(bucket.index)
-        if self._stage >= 2:
+        if not self._whole_gradients:
             while self._in_flight and self._has_no_room_for(bucket):
                 self._in_flight.popleft().wait_reduced()
             bucket.take_gradients()
@@ -307,7 +308,7 @@ class FlatState:
             if self._waiting[index]:
                 self._waiting[index].clear()
                 self._order.incomplete(index)
-                if self._stage < 2:
+                if self._whole_gradients:
                     bucket.take_gradients()
             self._start(bucket)
         if self._stage == 3 and not self._is_kept():

@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Formats:
-    """What is kept how. stage: 0 to 3. compute, master, gradient: dtypes of the three buffers; wire: dtype in which gradients are sent."""
+    """What is kept how. stage: 0 to 3. compute, master, gradient: dtypes of the three buffers; wire: dtype in which gradients are sent.
+    whole_gradients: they are added up whole, and reduced once a step; else each time, and a shard is kept.
+    """
 
     stage: int
     compute: torch.dtype
     master: torch.dtype
     gradient: torch.dtype
     wire: torch.dtype
+    whole_gradients: bool
 
     @staticmethod
-    def of(stage: int, precision: Precision, wire: torch.dtype | None) -> Formats:
-        return Formats(stage, precision.compute, precision.master, precision.gradient, wire or precision.gradient)
+    def of(stage: int, precision: Precision, wire: torch.dtype | None, *, whole_gradients: bool) -> Formats:
+        sent = wire or precision.gradient
+        return Formats(stage, precision.compute, precision.master, precision.gradient, sent, whole_gradients)
 
     def master_of(self, *, trainable: bool) -> torch.dtype:
         """In which a bucket's masters are kept: frozen ones as they are computed with."""

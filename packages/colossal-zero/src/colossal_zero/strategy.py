@@ -47,6 +47,10 @@ class ZeroStrategy:
             if value is not None and self.config.stage < 3:
                 reason = f"says how parameters are gathered, and stage {self.config.stage} keeps them whole"
                 problems.append(Problem(f"parallel.zero.{key}", reason, "remove it, or use stage: 3", value))
+        if self.config.keep_gradients is not None and self.config.stage < 2:
+            reason = f"says when gradients are reduced, and stage {self.config.stage} adds them up whole in any case"
+            remedy = "remove it, or use stage: 2 or 3"
+            problems.append(Problem("parallel.zero.keep_gradients", reason, remedy, self.config.keep_gradients))
         keep = self.config.keep_parameters
         if self.config.stage == 3 and mesh.size("pp") > 1 and keep in ("use", "microbatch"):
             reason = (
@@ -99,8 +103,17 @@ class ZeroStrategy:
         prefetch = 1 if self.config.prefetch is None else self.config.prefetch
         return Gathering(self.config.keep_parameters or ("use" if mesh.size("pp") == 1 else "step"), prefetch)
 
+    def _keeps_gradients(self, mesh: MeshLayout) -> str:
+        if self.config.stage < 2:
+            return "step"
+        return self.config.keep_gradients or ("microbatch" if mesh.size("pp") == 1 else "step")
+
     def _policy(self, mesh: MeshLayout) -> str:
         sent = f", gradients sent in {self.config.reduce_dtype}" if self.config.reduce_dtype else ""
+        if self.config.stage < 2:
+            return sent
+        if self._keeps_gradients(mesh) == "step":
+            sent += ", gradients reduced once a step"
         if self.config.stage < 3:
             return sent
         gathering = self._gathering(mesh)
@@ -119,7 +132,8 @@ class ZeroStrategy:
         assert isinstance(names, list)
         buckets = [Bucket(tuple(bucket)) for bucket in names]
         wire = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[self.config.reduce_dtype]
-        formats = Formats.of(self.config.stage, context.precision, wire)
+        whole = self._keeps_gradients(plan.mesh) == "step"
+        formats = Formats.of(self.config.stage, context.precision, wire, whole_gradients=whole)
         stages = plan.program.stages_of(context.coordinate["pp"]) if plan.stage_units else ()
         context.parameters = FlatState(
             plan.layouts,

@@ -21,6 +21,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
     {"stage": 3},
     {"stage": 3, "keep_parameters": "microbatch"},
     {"stage": 3, "keep_parameters": "step"},
+    {"stage": 3, "keep_parameters": "step", "keep_gradients": "step"},
 )
 
 

@@ -76,6 +76,8 @@ CASES = [
     *(pytest.param("fp32", {"stage": stage}, 2, id=f"stage{stage}-fp32") for stage in (1, 2, 3)),
     pytest.param("bf16", {"stage": 2, "reduce_dtype": "bf16"}, 2, id="stage2-sends-bf16"),
     pytest.param("bf16", {"stage": 3, "keep_parameters": "microbatch"}, 2, id="stage3-microbatch"),
+    pytest.param("bf16", {"stage": 2, "keep_gradients": "step"}, 2, id="stage2-whole-gradients"),
+    pytest.param("bf16", {"stage": 3, "keep_gradients": "step"}, 2, id="stage3-whole-gradients"),
     pytest.param("bf16", {"stage": 3, "keep_parameters": "step", "reduce_dtype": "bf16"}, 2, id="stage3-step"),
 ]
 

@@ -45,6 +45,16 @@ CASES = {
     "no clipping": Case(optimizer={"lr": 0.001, "max_grad_norm": None, "eps": 1e-6}),
     "parameters kept from forward to backward": Case(zero={"keep_parameters": "microbatch"}, stages=(3,)),
     "parameters gathered once a step": Case(zero={"keep_parameters": "step"}, stages=(3,)),
+    "gradients reduced once a step": Case(
+        TinyOptions(unused=True, shared=True), zero={"keep_gradients": "step"}, stages=(2, 3)
+    ),
+    "gathered and reduced once a step": Case(
+        TinyOptions(routed=True, frozen=True),
+        zero={"keep_parameters": "step", "keep_gradients": "step", "bucket_bytes": 9000},
+        stages=(3,),
+        world_size=4,
+        routed=True,
+    ),
     "nothing gathered ahead": Case(zero={"prefetch": 0}, stages=(3,)),
     "all gathered ahead, blocks shared": Case(TinyOptions(shared=True), zero={"prefetch": 5}, stages=(3,)),
     "one rank": Case(world_size=1),

@@ -63,14 +63,14 @@ AXES = ("dp_shard", "cp")
 
 
 def expected_traffic(
-    plan: Plan, stage: int, gathers: Callable[[str], int]
+    plan: Plan, stage: int, gathers: Callable[[str], int], *, once: bool = False
 ) -> dict[tuple[tuple[str, ...], str, str], tuple[int, int]]:
-    """gathers: how often a unit's bucket is gathered in a step."""
+    """gathers: how often a unit's bucket is gathered in a step. once: gradients are reduced so, whatever the stage."""
     world_size, count = plan.mesh.world_size, plan.batch.num_microbatches
     found: dict[tuple[tuple[str, ...], str, str], tuple[int, int]] = {}
     buckets: Any = plan.data["zero"]["buckets"]
     for index, (size, names) in enumerate(zip(bucket_bytes(plan), buckets, strict=True)):
-        operation, reductions = ("reduce_scatter" if stage else "all_reduce"), (count if stage >= 2 else 1)
+        operation, reductions = ("reduce_scatter" if stage else "all_reduce"), (1 if stage < 2 or once else count)
         if plan.layouts[names[0]].trainable:
             sent = reductions * ring_bytes(operation, world_size, size)
             found[AXES, operation, f"gradient bucket {index}"] = (reductions, sent)
@@ -81,10 +81,12 @@ def expected_traffic(
     return found
 
 
-def check(pool: WorkerPool, spec: RunSpec, world_size: int, stage: int, gathers: Callable[[str], int]) -> None:
+def check(
+    pool: WorkerPool, spec: RunSpec, world_size: int, stage: int, gathers: Callable[[str], int], *, once: bool = False
+) -> None:
     plan = prepare(spec, world_size).plan
     assert len(bucket_bytes(plan)) > 3
-    expected = expected_traffic(plan, stage, gathers)
+    expected = expected_traffic(plan, stage, gathers, once=once)
     for rows, _ in pool.run(world_size, one_step, spec):
         sent = {row.kind: (row.num_calls, row.sent_bytes) for row in rows if "bucket" in row.tag}
         assert sent == expected
@@ -110,6 +112,12 @@ def test_parameters_of_stage_3_are_gathered_as_its_policy_says(pool: WorkerPool,
         return (1 if keep == "step" else 4) * (2 if again else 1)
 
     check(pool, spec_of(3, 2, keep_parameters=keep, prefetch=prefetch), 2, 3, gathers)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_kept_for_the_step_are_reduced_once(pool: WorkerPool, stage: int) -> None:
+    kept: dict[str, Any] = {"keep_gradients": "step"} | ({"keep_parameters": "step"} if stage == 3 else {})
+    check(pool, spec_of(stage, 2, **kept), 2, stage, lambda unit: 1, once=True)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -23,7 +23,13 @@ def parsed(section: dict[str, object]) -> ZeroConfig:
 
 def test_defaults() -> None:
     assert parsed({}) == ZeroConfig(
-        stage=0, replicate=1, bucket_bytes=None, reduce_dtype=None, keep_parameters=None, prefetch=None
+        stage=0,
+        replicate=1,
+        bucket_bytes=None,
+        reduce_dtype=None,
+        keep_parameters=None,
+        keep_gradients=None,
+        prefetch=None,
     )
 
 
@@ -37,6 +43,7 @@ def test_defaults() -> None:
         {"stages": 1},
         {"prefetch": -1},
         {"keep_parameters": "always"},
+        {"keep_gradients": "use"},
         {"reduce_dtype": "fp16"},
     ],
 )
@@ -51,6 +58,14 @@ def refusal(section: dict[str, object], precision: str = "bf16") -> str:
     with pytest.raises(ConfigError) as raised:
         prepare(RunSpec(config, TinyModel(), TokenBatches()), 2)
     return str(raised.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_when_gradients_are_reduced_is_asked_under_stages_2_and_3_only(stage: int) -> None:
+    assert refusal({"stage": stage, "keep_gradients": "step"}) == (
+        f"parallel.zero.keep_gradients='step': says when gradients are reduced, and stage {stage} adds them up whole in any case: "
+        "remove it, or use stage: 2 or 3"
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -81,6 +81,8 @@ SHARE = (RANKS - 1) / RANKS
         ({"stage": 3}, MICROBATCHES * (4 * TRAINED + 2 * (1200 + 4 * BLOCK))),
         ({"stage": 3, "keep_parameters": "microbatch"}, MICROBATCHES * (4 * TRAINED + 2 * 1200)),
         ({"stage": 3, "keep_parameters": "step"}, MICROBATCHES * 4 * TRAINED + 2 * 1200),
+        ({"stage": 2, "keep_gradients": "step"}, (4 + 2) * TRAINED),
+        ({"stage": 3, "keep_parameters": "step", "keep_gradients": "step"}, 4 * TRAINED + 2 * 1200),
     ],
 )
 def test_bytes_sent(section: dict[str, Any], expected: float) -> None:
@@ -110,11 +112,9 @@ def test_copies_sum_their_shards_once() -> None:
 
 def test_columns_of_the_table_go_before_the_config() -> None:
     inputs = {"zero_stage": 3.0, "keep_parameters": 2.0, "reduce_element_bytes": 2.0, "prefetch": 0.0}
-    found = estimated(MIXED, {"stage": 0}, {**inputs, "bucket_bytes": 400.0})
-    same = estimated(
-        MIXED,
-        {"stage": 3, "keep_parameters": "step", "reduce_dtype": "bf16", "prefetch": 0, "bucket_bytes": 400},
-    )
+    found = estimated(MIXED, {"stage": 0}, {**inputs, "keep_gradients": 2.0, "bucket_bytes": 400.0})
+    asked = {"stage": 3, "keep_parameters": "step", "keep_gradients": "step", "reduce_dtype": "bf16", "prefetch": 0}
+    same = estimated(MIXED, {**asked, "bucket_bytes": 400})
     assert {name: column.tolist() for name, column in found.columns.items()} == {
         name: column.tolist() for name, column in same.columns.items()
     }
@@ -126,9 +126,9 @@ def test_one_rank_sends_nothing() -> None:
         assert columns_of(found, "bytes_shard", "bytes_dp_replicate") == (0, 0)
 
 
-def test_in_a_pipeline_parameters_are_gathered_once_a_step_unless_told_otherwise() -> None:
-    names = ("gathered_bytes", "bytes_shard")
-    asked = {"stage": 3, "keep_parameters": "step"}
+def test_in_a_pipeline_parameters_are_gathered_once_a_step_and_gradients_reduced_once_unless_told_otherwise() -> None:
+    names = ("gathered_bytes", "gradient_bytes", "bytes_shard")
+    asked = {"stage": 3, "keep_parameters": "step", "keep_gradients": "step"}
     alone, staged = estimated(MIXED, {"stage": 3}), estimated(MIXED, {"stage": 3}, {"pp": 2.0})
     assert columns_of(staged, *names) == columns_of(estimated(MIXED, asked, {"pp": 2.0}), *names)
     assert columns_of(alone, *names) != columns_of(estimated(MIXED, asked), *names)

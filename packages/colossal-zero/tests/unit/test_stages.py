@@ -55,12 +55,14 @@ Trains = Literal["all", "first", "last"]
 @dataclass(frozen=True)
 class Way:
     """How the model is spread. stage_ranks: the pp coordinate of each stage. zero: its stage; None: core's own state. replicate: data
-    parallelism along `dp_replicate` instead of `dp_shard`. There is none without zero.
+    parallelism along `dp_replicate` instead of `dp_shard`. There is none without zero. shards: gradients are reduced in every backward
+    pass, into shards (stages 2 and 3).
     """
 
     stage_ranks: tuple[int, ...]
     zero: int | None
     replicate: bool = False
+    shards: bool = False
 
     @property
     def mesh(self) -> MeshLayout:
@@ -179,7 +181,8 @@ class Task:
         given = {"precision": "fp64", "batch": {"global_size": MICROBATCHES, "micro_size": 1}, **self.config}
         if way is not None and way.zero is not None:
             copies = way.mesh.size("dp_replicate")
-            given["parallel"] = {"zero": {"stage": way.zero, "bucket_bytes": 6000, "replicate": copies}}
+            kept = {"keep_gradients": "microbatch"} if way.shards else {}
+            given["parallel"] = {"zero": {"stage": way.zero, "bucket_bytes": 6000, "replicate": copies, **kept}}
         config = parse_config(given, PLUGINS.config_class())
         model = build_model(self.trains)
         anatomy = anatomy_of(self.trains)
@@ -296,10 +299,15 @@ ADAMW = Task({"optimizer": {"lr": 0.01}})
 ONE_EACH, IN_TURNS, A_V = (0, 1), (0, 1, 0, 1), (0, 1, 1, 0)
 WAYS = [Way(ranks, zero) for ranks in (ONE_EACH, IN_TURNS, A_V) for zero in (None, 0, 1, 2, 3)]
 WAYS += [Way(ONE_EACH, zero, replicate=True) for zero in (1, 3)]
+WAYS += [Way(ranks, zero, shards=True) for ranks in (ONE_EACH, A_V) for zero in (2, 3)]
 
 
 def name_of(way: Way) -> str:
-    return f"{'-'.join(map(str, way.stage_ranks))}-zero-{way.zero}" + ("-copies" if way.replicate else "")
+    return (
+        f"{'-'.join(map(str, way.stage_ranks))}-zero-{way.zero}"
+        + ("-copies" if way.replicate else "")
+        + ("-shards" if way.shards else "")
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -437,10 +445,10 @@ def test_states_that_are_rounded_by_chance_are_saved_and_loaded(trains: Trains, 
     assert all(torch.equal(read(single).parameters[name], value) for name, value in seen.parameters.items())
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_gradients_are_reduced_once_a_step_or_in_every_pass(zero: int) -> None:
+@pytest.mark.parametrize(("zero", "shards"), [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)])
+def test_gradients_are_reduced_once_a_step_or_in_every_pass(zero: int, shards: bool) -> None:
     """On a rank with both ends of a V: what they share is sent for the last time when both have had their last pass."""
-    way = Way(A_V, zero)
+    way = Way(A_V, zero, shards=shards)
 
     def run(collectives: Collectives) -> tuple[dict[str, int], dict[str, list[str]], int]:
         trained = ADAMW.start(collectives, way)
@@ -468,7 +476,7 @@ def test_gradients_are_reduced_once_a_step_or_in_every_pass(zero: int) -> None:
         for tag, names in members.items():
             passes = 2 * len([stage for stage in stages_reading(names[0], 4) if A_V[stage] == coordinate])
             never_read = names[0].startswith("spare")
-            assert calls[tag] == (1 if zero < 2 or never_read else passes), names
+            assert calls[tag] == (passes if shards and not never_read else 1), names
 
 
 def test_the_plan_says_what_is_where() -> None:
