@@ -19,9 +19,9 @@ class PipelineConfig(Section):
     file (`.yaml`, `.json`) with a schedule of your own."""
     chunks: Annotated[int, Field(ge=1)] | None = None
     """Stages that each rank holds. null: 1, or 2 where the schedule needs several. There are `size` x `chunks` stages."""
-    blocks: list[Annotated[int, Field(ge=1)]] | None = None
-    """Number of blocks of each stage, first stage first. null: stages that take equally long, as far as whole blocks allow; a head counts
-    by its size."""
+    blocks: list[Annotated[int, Field(ge=1)]] | str | None = None
+    """Number of blocks of each stage, first stage first. Or the path of a recorded step (`record_step`), of any schedule and number of
+    stages: stages that take equally long by what was measured there. null: by the sizes of matrices; a head counts by its own."""
     record_step: Annotated[int, Field(ge=1)] | None = None
     """Number of a step, from 1, of which every rank records when each action began and ended; rank 0 writes them into
     `pipeline-step-N.json` in `checkpoint.directory`, from which `colossal plan --show-schedule` shows them. null: nothing is recorded."""

@@ -48,6 +48,12 @@ class Cutting:
     def num_stages(self) -> int:
         return len(self.starts)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Block calls of each stage."""
+        ends = (*self.starts[1:], self.num_blocks)
+        return tuple(end - start for start, end in zip(self.starts, ends, strict=True))
+
     def stage_of(self, position: int) -> int:
         """The stage in which a position runs: what stands between two blocks belongs to the latter, what follows the last to the last."""
         return max(stage for stage, start in enumerate(self.starts) if 2 * start <= position or stage == 0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colossal_core.program import Action
+from colossal_pipeline.cutting import read
 from colossal_pipeline.time_line import Span, TimeLine
 from colossal_pipeline.trace import Trace, recorded_file
 
@@ -155,7 +156,8 @@ def record_step(config: PipelineConfig, plan: Plan, context: ApplyContext) -> No
         path = recorded_file(plan)
         if collectives.rank == 0 and path is not None:
             program = plan.program
-            trace = Trace(config.schedule, view.step, program.num_microbatches, program.stage_ranks, error, line)
+            ranks, counts = program.stage_ranks, read(plan).counts
+            trace = Trace(config.schedule, view.step, program.num_microbatches, ranks, counts, error, line)
             try:
                 trace.write(path)
             except OSError as error_of_file:  # what is trained is worth more than a picture

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colossal_core.errors import Problem
+from colossal_core.errors import ConfigError, Problem
 from colossal_core.strategy import Phase, StrategySpec
 from colossal_pipeline.config import PipelineConfig
 from colossal_pipeline.cutting import NAME, Cutting, balanced_starts, block_costs, cut, read, stream_width, written
 from colossal_pipeline.layouts import AXIS, staged_layouts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from colossal_core.anatomy import ModelAnatomy
@@ -64,7 +63,9 @@ class PipelineStrategy:
             reason = f"makes {stages} stages, and {anatomy.class_name} runs {count} blocks"
             yield Problem("parallel.pipeline.size", reason, f"use at most {count} stages", self.config.size)
         given = self.config.blocks
-        if given is not None and (len(given) != stages or sum(given) != count):
+        if isinstance(given, str):
+            yield from _recorded_problems(given, count)
+        elif given is not None and (len(given) != stages or sum(given) != count):
             reason = (
                 f"names {sum(given)} blocks in {len(given)} stages, and there are {count} blocks and {stages} stages"
             )
@@ -103,13 +104,17 @@ class PipelineStrategy:
         return draft.with_note(f"pipeline: {self._summary(program, cutting)}")
 
     def _starts(self, anatomy: ModelAnatomy, flow: Flow, num_stages: int) -> tuple[int, ...]:
-        if self.config.blocks is not None:
-            return tuple(sum(self.config.blocks[:stage]) for stage in range(num_stages))
-        return balanced_starts(block_costs(anatomy, flow), num_stages)
+        from colossal_pipeline.trace import BLOCKS_FIELD, Trace, measured_costs
+
+        given, costs = self.config.blocks, block_costs(anatomy, flow)
+        if isinstance(given, str):
+            costs = measured_costs(Trace.read(Path(given), BLOCKS_FIELD), costs)
+        elif given is not None:
+            return tuple(sum(given[:stage]) for stage in range(num_stages))
+        return balanced_starts(costs, num_stages)
 
     def _summary(self, program: Program, cutting: Cutting) -> str:
-        ends = (*cutting.starts[1:], cutting.num_blocks)
-        counts = " ".join(str(end - start) for start, end in zip(cutting.starts, ends, strict=True))
+        counts = " ".join(map(str, cutting.counts))
         most = max(len(crossing) for crossing in cutting.crossing)
         tensors = "one tensor crosses" if most == 1 else f"up to {most} tensors cross"
         return (
@@ -138,6 +143,19 @@ class PipelineStrategy:
 
     def load(self, state: Mapping[str, Any]) -> None:
         del state
+
+
+def _recorded_problems(path: str, num_blocks: int) -> Iterable[Problem]:
+    from colossal_pipeline.trace import BLOCKS_FIELD, Trace
+
+    try:
+        recorded = Trace.read(Path(path), BLOCKS_FIELD).blocks
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if sum(recorded) != num_blocks:
+        reason = f"was recorded with {sum(recorded)} blocks, and this model runs {num_blocks}"
+        yield Problem(BLOCKS_FIELD, reason, "record a step of this model, or leave it out", path)
 
 
 def _num_microbatches(config: TrainConfig, mesh: MeshLayout) -> int:

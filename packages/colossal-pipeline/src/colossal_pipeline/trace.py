@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +21,21 @@ if TYPE_CHECKING:
 
 FORMAT = "colossal pipeline step 1"
 FIELD = "parallel.pipeline.record_step"
+BLOCKS_FIELD = "parallel.pipeline.blocks"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """schedule: as the config names it. step: of the run, from 1. stage_ranks: for each stage its rank. clock_error_seconds: how wrong a
-    rank's clock may be at most, beside the first one's. time_line: of every rank; time 0 is when the first one begins.
+    """schedule: as the config names it. step: of the run, from 1. stage_ranks: for each stage its rank. blocks: how many each stage has.
+    clock_error_seconds: how wrong a rank's clock may be at most, beside the first one's. time_line: of every rank; time 0 is when the
+    first one begins.
     """
 
     schedule: str
     step: int
     num_microbatches: int
     stage_ranks: tuple[int, ...]
+    blocks: tuple[int, ...]
     clock_error_seconds: float
     time_line: TimeLine
 
@@ -43,6 +48,7 @@ class Trace:
             "step": self.step,
             "num_microbatches": self.num_microbatches,
             "stage_ranks": self.stage_ranks,
+            "blocks": self.blocks,
             "clock_error_seconds": self.clock_error_seconds,
         }
         lines = [",\n".join(json.dumps(span) for span in line) for line in self.time_line.written()]
@@ -50,8 +56,8 @@ class Trace:
         path.write_text(f'{json.dumps(head)[:-1]}, "ranks": [[\n{ranks}\n]]}}\n', encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Trace:
-        """Raises ConfigError where the file holds something else."""
+    def read(cls, path: Path, field: str = FIELD) -> Trace:
+        """Raises ConfigError, of a field of the config, where the file holds something else."""
         remedy = "record it anew, or leave it out"
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -62,12 +68,13 @@ class Trace:
                 int(found["step"]),
                 int(found["num_microbatches"]),
                 tuple(found["stage_ranks"]),
+                tuple(found["blocks"]),
                 float(found["clock_error_seconds"]),
                 TimeLine.in_order(found["ranks"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{path} holds no recorded step ({type(error).__name__}: {error})"
-            raise ConfigError([Problem(FIELD, reason, remedy)]) from None
+            raise ConfigError([Problem(field, reason, remedy)]) from None
 
     @property
     def program(self) -> Program:
@@ -105,6 +112,26 @@ class Trace:
                 for stage in range(len(self.stage_ranks))
             )
         )
+
+
+def measured_costs(trace: Trace, estimated: Sequence[float]) -> list[float]:
+    """Seconds of each block in a microbatch, forward and backward, whose sums over the recorded stages are what these took.
+
+    estimated: of each block, in any unit: by it a stage's time is divided among its blocks. The time by which the first or the last stage
+    is slower than those between them, for what it is estimated at, is that of what stands before the first block or behind the last.
+    """
+    assert sum(trace.blocks) == len(estimated), f"{trace.blocks} blocks, {len(estimated)} estimates"
+    taken = [costs.forward + costs.whole_backward for costs in trace.costs().stages]
+    stops = list(itertools.accumulate(trace.blocks))
+    shares = [list(estimated[stop - count : stop]) for stop, count in zip(stops, trace.blocks, strict=True)]
+    shares = [share if sum(share) > 0 else [1.0] * len(share) for share in shares]
+    rates = [seconds / sum(share) for seconds, share in zip(taken, shares, strict=True)]
+    usual = statistics.median(rates[1:-1]) if len(rates) > 2 else min(rates)
+    for end in (0, -1):
+        rest = max(taken[end] - usual * sum(shares[end]), 0.0)
+        rates[end] = min(rates[end], usual)
+        shares[end][end] += rest / rates[end] if rates[end] else 0.0
+    return [rate * part for rate, share in zip(rates, shares, strict=True) for part in share]
 
 
 def recorded_file(plan: Plan) -> Path | None:

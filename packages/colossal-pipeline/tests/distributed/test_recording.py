@@ -15,6 +15,7 @@ from colossal_core.testing import RunSpec
 from colossal_core.testing.parity import prepare
 from colossal_pipeline.checker import COMPUTED
 from colossal_pipeline.planned import show_schedule
+from colossal_pipeline.time_line import TimeLine
 from colossal_pipeline.trace import Trace
 
 Run = Callable[..., RunSpec]
@@ -101,4 +102,40 @@ def test_a_step_that_never_comes_is_refused(run_of: Run) -> None:
         prepare(spec, 2)
     assert str(caught.value) == (
         "parallel.pipeline.record_step=9: the run ends after step 8: record one of the steps 1 to 8"
+    )
+
+
+def test_stages_are_cut_by_what_was_recorded(run_of: Run, exact: Exact, tmp_path: Path) -> None:
+    """Of another schedule and number of stages. A first stage that took long gives blocks away; training is as exact."""
+    exact(recorded(run_of, tmp_path, {"schedule": "1f1b"}), 2)
+    path = tmp_path / "pipeline-step-2.json"
+    trace = Trace.read(path)
+    assert trace.blocks == (2, 2)
+    slow = [
+        [(str(s.action), s.start, s.end + (1000.0 if s.action.stage == 0 else 0.0)) for s in line]
+        for line in trace.time_line.ranks
+    ]
+    replace(trace, time_line=TimeLine.in_order(slow)).write(path)
+    spec = run_of("llama", {"parallel.pipeline": {"size": 2, "schedule": "zb-h1", "blocks": str(path)}})
+    assert any("2 stages of 1 3 blocks" in note for note in prepare(spec, 2).plan.notes)
+    exact(spec, 2)
+
+
+def test_a_file_that_says_nothing_of_this_model(run_of: Run, tmp_path: Path) -> None:
+    def refusal(path: Path, layers: int = 4) -> str:
+        overrides = {"parallel.pipeline": {"size": 2, "blocks": str(path)}}
+        with pytest.raises(ConfigError) as raised:
+            prepare(run_of("llama", overrides, {"num_hidden_layers": layers}), 2)
+        return str(raised.value)
+
+    missing, other = tmp_path / "nothing.json", tmp_path / "other.json"
+    assert refusal(missing) == (
+        f"parallel.pipeline.blocks: {missing} holds no recorded step (FileNotFoundError: [Errno 2] No such file or directory: "
+        f"'{missing}'): record it anew, or leave it out"
+    )
+    line = TimeLine.in_order([[("F0.0", 0.0, 1.0), ("B0.0", 1.0, 2.0)], [("F1.0", 1.0, 2.0), ("B1.0", 2.0, 3.0)]])
+    Trace("1f1b", 1, 1, (0, 1), (3, 3), 0.0, line).write(other)
+    assert refusal(other) == (
+        f"parallel.pipeline.blocks='{other}': was recorded with 6 blocks, and this model runs 4: "
+        "record a step of this model, or leave it out"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from colossal_pipeline.schedules.registry import SCHEDULES
 from colossal_pipeline.simulator import simulate
 from colossal_pipeline.stage_costs import Costs, StageCosts
 from colossal_pipeline.time_line import Idle, Span, TimeLine
-from colossal_pipeline.trace import Trace
+from colossal_pipeline.trace import Trace, measured_costs
 
 AHEAD = 1000.0
 """Seconds by which the second rank's clock is ahead."""
@@ -109,12 +110,44 @@ def test_what_idle_time_is_made_of() -> None:
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
-    trace = Trace("1f1b", 7, 1, (0, 1), 2e-5, TimeLine.in_order([FIRST, SECOND]))
+    trace = Trace("1f1b", 7, 1, (0, 1), (3, 2), 2e-5, TimeLine.in_order([FIRST, SECOND]))
     path = tmp_path / "folder" / "step.json"
     trace.write(path)
     assert Trace.read(path) == trace
     assert path.read_text().splitlines()[1] == '["F0.0", 0.0, 1.0],'
     assert trace.costs() == Costs((StageCosts(1.0, 0.0, 0.0, 2.0), StageCosts(1.5, 0.0, 0.0, 1.75)))
+
+
+def recorded(blocks: tuple[int, ...], seconds: tuple[float, ...]) -> Trace:
+    """One microbatch through a stage a rank; seconds: of each one's forward and backward pass together."""
+    lines = [
+        [(f"F{stage}.0", 0.0, taken / 4), (f"B{stage}.0", taken / 4, taken)] for stage, taken in enumerate(seconds)
+    ]
+    return Trace("1f1b", 1, 1, tuple(range(len(blocks))), blocks, 0.0, TimeLine.in_order(lines))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "seconds", "costs"),
+    [
+        ((2, 2), (4.0, 7.0), [2.0, 2.0, 2.0, 5.0]),  # a head that takes 3 s, estimated at nothing
+        ((1, 3), (3.0, 6.0), [3.0, 2.0, 2.0, 2.0]),  # a first block with what stands before it
+        ((1, 2, 1), (2.0, 6.0, 5.0), [2.0, 3.0, 3.0, 5.0]),  # the middle says what a block takes; the first is faster
+        ((2, 2), (0.0, 0.0), [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_what_a_block_takes_follows_from_what_stages_took(
+    blocks: tuple[int, ...], seconds: tuple[float, ...], costs: list[float]
+) -> None:
+    found = measured_costs(recorded(blocks, seconds), [10.0] * 4)
+    assert found == pytest.approx(costs)
+    stops = [0, *itertools.accumulate(blocks)]
+    assert [sum(found[a:b]) for a, b in itertools.pairwise(stops)] == pytest.approx(list(seconds))
+
+
+def test_blocks_of_different_sizes_and_of_none() -> None:
+    trace = recorded((2, 2), (6.0, 6.0))
+    assert measured_costs(trace, [1.0, 2.0, 1.0, 2.0]) == pytest.approx([2.0, 4.0, 2.0, 4.0])
+    assert measured_costs(trace, [0.0] * 4) == pytest.approx([3.0] * 4)
 
 
 @pytest.mark.parametrize(
