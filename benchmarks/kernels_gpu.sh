@@ -44,7 +44,7 @@ for set in "$@"; do
   echo "== $set"
   case $set in
     tests)
-      tests 330 "$GPU_TESTS/test_ops_on_gpu.py $GPU_TESTS/test_experts_on_gpu.py $GPU_TESTS/test_optimizers_on_gpu.py $GPU_TESTS/test_losses_on_gpu.py" --numprocesses 8
+      tests 330 "$GPU_TESTS/test_ops_on_gpu.py $GPU_TESTS/test_experts_on_gpu.py $GPU_TESTS/test_optimizers_on_gpu.py $GPU_TESTS/test_wide_rows_on_gpu.py $GPU_TESTS/test_losses_on_gpu.py" --numprocesses 8
       tests 150 $GPU_TESTS/test_large_on_gpu.py ;;
     two-gpus) tests 240 $GPU_TESTS/test_ops_on_gpu.py -k not_the_current_one ;;
     sanitizer) # every allocation is CUDA's own, so that what is read behind a tensor is seen

@@ -28,11 +28,50 @@ def parts(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 16)
+    monkeypatch.setattr(module, "VECTOR", 1)
+    monkeypatch.setattr(module, "WARPS", 1)
     outputs, lses = parts(3, 2, 2, 3, 5)
-    found, expected = merge_attention(outputs, lses), reference.merge_attention(outputs, lses)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    check(outputs, lses)
+
+
+def check(outputs: list[Tensor], lses: list[Tensor]) -> None:
+    """Values and gradients are the reference's."""
+
+    def run(op: Any) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (*outputs, *lses)]
+        out, lse = op(leaves[: len(outputs)], leaves[len(outputs) :])
+        end = (out.float() * torch.arange(out.numel()).view(out.shape).cos()).sum() + lse.square().sum()
+        return [out, lse, *torch.autograd.grad(end, leaves)]
+
+    for ours, theirs in zip(run(merge_attention), run(reference.merge_attention), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [8, 9, 16])
+def test_more_parts_than_a_kernel_reads_at_once(count: int) -> None:
+    outputs, lses = parts(count, 1, 2, 3, 4)
+    for number, lse in enumerate(lses):
+        lse[0, 0, 0], lse[0, 1, number % 3] = -math.inf, -math.inf
+    outputs[-1][0, 0, 0] = math.nan
+    check(outputs, lses)
+
+
+def test_parts_of_several_layouts() -> None:
+    outputs, lses = parts(3, 2, 3, 4, 5)
+    outputs[1] = outputs[1].transpose(1, 2).contiguous().transpose(1, 2)
+    check(outputs, lses)
+    check([outputs[1], outputs[0], outputs[2]], lses)
+    check([outputs[1]] * 3, lses)
+    joined, of_joined = merge_attention([outputs[1].clone(), outputs[0]], [lses[0].clone(), lses[1]], overwrite=True)
+    expected = reference.merge_attention(outputs[1::-1], lses[:2])
+    torch.testing.assert_close((joined, of_joined), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_wide_first_part() -> None:
+    outputs, lses = parts(3, 1, 2, 3, 4)
+    out, _ = merge_attention([outputs[0], *(part.half() for part in outputs[1:])], lses)
+    expected, _ = reference.merge_attention([outputs[0], *(part.half().float() for part in outputs[1:])], lses)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
 def blind() -> tuple[list[Tensor], list[Tensor]]:
@@ -109,13 +148,20 @@ def test_attention_over_parts_is_attention_over_all() -> None:
 
 def test_heads_more_than_2_31_elements_apart() -> None:
     """4 GiB of addresses, of which only two pages are ever touched."""
-    (first, second), lses = parts(2, 1, 2, 3, 4, dtype=torch.float16)
-    stride = 2**31 + 8
-    apart = torch.empty(stride + 12, dtype=torch.float16).as_strided((1, 2, 3, 4), (4, stride, 4, 1)).copy_(first)
-    expected = merge_attention([first, second], lses)[0]
-    assert torch.equal(merge_attention([apart, second], lses)[0], expected)
-    merge_attention([apart, second], [lses[0].clone(), lses[1]], overwrite=True)
-    assert torch.equal(apart, expected)
+    outputs, lses = parts(2, 1, 2, 3, 4, dtype=torch.float16)
+    stride = 2**31 + 24
+    memory = torch.empty(stride + 24, dtype=torch.float16)
+    places = [memory.as_strided((1, 2, 3, 4), (4, stride, 4, 1), start) for start in (0, 12)]
+    apart = [place.copy_(part) for place, part in zip(places, outputs, strict=True)]
+    expected, lse = merge_attention(outputs, lses)
+    assert torch.equal(merge_attention(apart, lses)[0], expected)
+    backward: Any = torch.ops.colossal_kernels.merge_attention_backward
+    given = expected, lse, lse
+    for ours, theirs in zip(backward(*given, apart, lses)[0], backward(*given, outputs, lses)[0], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(backward(*given, apart, lses)[1], backward(*given, outputs, lses)[1])
+    merge_attention(apart, [lses[0].clone(), lses[1]], overwrite=True)
+    assert torch.equal(apart[0], expected)
 
 
 def test_every_run_gives_the_same_bits() -> None:
@@ -133,5 +179,5 @@ def test_torch_knows_the_operators() -> None:
     torch.library.opcheck(kernels.merge_attention.default, leaves, test_utils=tried)
     pair = (outputs[0], lses[0], outputs[1], lses[1])
     torch.library.opcheck(kernels.merge_attention_.default, pair, test_utils=utilities)
-    given = (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3), *pair)
+    given = (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3), lses[0], outputs, lses)
     torch.library.opcheck(kernels.merge_attention_backward.default, given, test_utils=utilities)

@@ -42,7 +42,7 @@ BENCH = OpBench(
     knobs=(
         Knobs(
             ("forward", "backward"),
-            {"attention.merge:TILE_ELEMENTS": (2048, 4096, 8192), "attention.merge:WARPS": (4, 8)},
+            {"attention.merge:VECTORS": (2, 4, 8), "attention.merge:WARPS": (1, 2, 4)},
         ),
     ),
 )
