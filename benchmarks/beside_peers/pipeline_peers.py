@@ -8,6 +8,7 @@ it; gradients of microbatches are added in bfloat16. torch's split backward pass
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,8 @@ class TorchPipeline:
         )
         self._mean_loss = loss_of(row)
         self._schedule = self._scheduled(contestant.schedule, modules, own, len(ranks), shape)
+        starts = [*starts_of(shape, len(ranks)), shape.num_layers]
+        self._blocks = tuple(stop - start for start, stop in pairwise(starts))
 
     def _scheduled(self, name: str, modules: Sequence[nn.Module], own: Sequence[int], count: int, shape: Shape) -> Any:
         from torch.distributed import pipelining
@@ -178,7 +181,7 @@ class TorchPipeline:
         line, error = on_one_clock(recorder.spans(), self._gather)
         name = self._row.parsed.schedule
         ranks = SCHEDULES[name].stage_ranks(self._world.size, self._chunks)
-        trace = Trace(name, 0, self._num_microbatches, ranks, error, line)
+        trace = Trace(name, 0, self._num_microbatches, ranks, self._blocks, error, line)
         return trace if self._world.rank == 0 else None
 
     def _gather(self, data: bytes) -> list[bytes]:

@@ -37,10 +37,10 @@ COLUMNS: Mapping[str, str] = {
 INPUTS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "zero_stage", "micro_size", "num_microbatches", "recompute")
 """The columns that describe a candidate: sizes of the axes, choices as numbers (recompute: 0 none, 1 full)."""
 
-OPTIONAL_INPUTS = ("keep_parameters", "reduce_element_bytes", "prefetch", "bucket_bytes")
+OPTIONAL_INPUTS = ("keep_parameters", "keep_gradients", "reduce_element_bytes", "prefetch", "bucket_bytes")
 """Further choices, as in the section of the strategy that reads them; where a table has no such column, the strategy's own config holds.
 
-keep_parameters: 0 use, 1 microbatch, 2 step. reduce_element_bytes: of one gradient element as it is sent.
+keep_parameters, keep_gradients: 0 use, 1 microbatch, 2 step. reduce_element_bytes: of one gradient element as it is sent.
 """
 
 

@@ -186,12 +186,10 @@ def changes(plan: Plan, *, training: bool) -> list[Change]:
     zero = getattr(plan.config.section("parallel"), "zero", None)
     stage = getattr(zero, "stage", 3)
     found: list[Change] = []
-    if zero is not None and stage == 3 and plan.gathering.keep in ("microbatch", "step"):
+    if zero is not None and stage == 3 and plan.mesh.size("pp") == 1 and plan.gathering.keep in ("microbatch", "step"):
         found.append(Change({"parallel.zero.keep_parameters": "use"}, {"keep_parameters": 0.0}))
     if plan.mesh.size(("dp_shard", "cp")) > 1:
-        found += [
-            Change({"parallel.zero.stage": higher}, {"zero_stage": float(higher)}) for higher in range(stage + 1, 4)
-        ]
+        found += _more_sharded(plan, zero, stage)
     most_sharded = found[-1] if found else Change()
     recomputed = []
     if training and plan.block_names and treatment_of(plan).kept == "none":
@@ -207,6 +205,20 @@ def changes(plan: Plan, *, training: bool) -> list[Change]:
     together = [whole] if found and recomputed else []
     together += [whole.and_also(change) for change in smaller if found or recomputed]
     return [*found, *recomputed, *smaller, *together]
+
+
+def _more_sharded(plan: Plan, zero: object, stage: int) -> Iterator[Change]:
+    """Higher stages of ZeRO. Where gradients are added up whole (in a pipeline, unless told otherwise), shards of them are a step more."""
+    default = "step" if plan.mesh.size("pp") > 1 else "microbatch"
+    whole = (getattr(zero, "keep_gradients", None) or default) == "step"
+    shards = Change({"parallel.zero.keep_gradients": "microbatch"}, {"keep_gradients": 1.0})
+    if stage >= 2 and whole:
+        yield shards
+    for higher in range(stage + 1, 4):
+        change = Change({"parallel.zero.stage": higher}, {"zero_stage": float(higher)})
+        yield change
+        if higher >= 2 and whole:
+            yield change.and_also(shards)
 
 
 def in_units(num_bytes: int) -> str:

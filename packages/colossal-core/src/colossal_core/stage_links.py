@@ -70,11 +70,12 @@ class _Form:
 
 @dataclass
 class _Incoming:
-    """A message that was asked for. forms: of its tensors."""
+    """A message that was asked for. forms: of its tensors. landings: where they go when they have come through host memory."""
 
     tensors: tuple[Tensor, ...]
     forms: tuple[_Form, ...]
     handle: Handle | None
+    landings: tuple[Tensor, ...] = ()
 
 
 class StageLinks:
@@ -110,6 +111,7 @@ class StageLinks:
         """
         self._actions, self._signatures, self._posted = actions, signatures, 0
         self._through_host = any(self._num_steps[signature] < self._first_steps for signature in signatures)
+        self._num_steps.update(set(signatures))  # here, where every rank comes by, and not where some may have failed
         self._arrived = arrived
         self._inbox.clear()
         self._outbox.clear()
@@ -153,7 +155,9 @@ class StageLinks:
                 incoming.handle.wait()
             if self._arrived is not None:
                 self._arrived()
-        tensors = tuple(tensor.to(self._collectives.device) for tensor in incoming.tensors)
+        tensors = incoming.landings or incoming.tensors
+        for landing, tensor in zip(incoming.landings, incoming.tensors, strict=False):
+            landing.copy_(tensor)
         if payload == "activations":
             for tensor, form in zip(tensors, incoming.forms, strict=True):
                 tensor.requires_grad_(form.differentiable)
@@ -186,8 +190,9 @@ class StageLinks:
                 )
                 raise CommunicationError(message)
         if tensors:
-            leaving = tuple(tensor.detach().to(self._device).contiguous() for tensor in tensors)
-            self._start_send(action, leaving, tag=action.carries)
+            # All that later steps do on the GPU is done in the first ones too: copied there, and kept until it has been sent.
+            own = tuple(tensor.detach().contiguous() for tensor in tensors)
+            self._start_send(action, tuple(tensor.to(self._device) for tensor in own), tag=action.carries, kept=own)
 
     def finish(self) -> None:
         """Waits for what is still being sent."""
@@ -196,24 +201,28 @@ class StageLinks:
             with self._telling(f"sending at {action}"):
                 handle.wait()
         self._arrived = None
-        self._num_steps.update(set(self._signatures))
         assert not self._inbox and not self._outbox, f"left over: {[*self._inbox, *self._outbox]}"
 
-    def _start_send(self, action: Action, tensors: tuple[Tensor, ...], *, tag: str) -> None:
+    def _start_send(
+        self, action: Action, tensors: tuple[Tensor, ...], *, tag: str, kept: tuple[Tensor, ...] = ()
+    ) -> None:
         while self._sending and self._sending[0][0].is_done():
             self._sending.popleft()
         peer = self._program.stage_ranks[action.peer_stage]
         transfers = [Transfer("send", tensor, peer) for tensor in tensors]
         with self._telling(f"sending at {action}"):
             handle = self._collectives.start_exchange(transfers, PIPELINE, use=self._use(action), tag=tag)
-        self._sending.append((handle, action, tensors))
+        self._sending.append((handle, action, (*tensors, *kept)))
 
     def _post(self, action: Action, forms: tuple[_Form, ...]) -> None:
         if action.carries == "gradients":
             forms = tuple(form for form in forms if form.differentiable)
-        tensors = tuple(torch.empty(form.shape, dtype=form.dtype, device=self._device) for form in forms)
+        landings: tuple[Tensor, ...] = ()
+        if self._through_host:
+            landings = tuple(_empty(form, self._collectives.device) for form in forms)
+        tensors = tuple(_empty(form, self._device) for form in forms)
         handle = self._start_receive(action, tensors, tag=action.carries) if tensors else None
-        self._inbox[action.carries, action.stage, action.microbatch] = _Incoming(tensors, forms, handle)
+        self._inbox[action.carries, action.stage, action.microbatch] = _Incoming(tensors, forms, handle, landings)
 
     def _start_receive(self, action: Action, tensors: Sequence[Tensor], *, tag: str) -> Handle:
         peer = self._program.stage_ranks[action.peer_stage]
@@ -270,6 +279,10 @@ class StageLinks:
             raise CommunicationError(
                 f"rank {rank}, which holds stage {stages} of the pipeline, was {what}: {error}"
             ) from error
+
+
+def _empty(form: _Form, device: torch.device) -> Tensor:
+    return torch.empty(form.shape, dtype=form.dtype, device=device)
 
 
 def _host_use(use: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.strategy import Phase, StrategySpec
-from colossal_pipeline.config import PipelineConfig
+from colossal_pipeline.config import PipelineConfig, file_of_step
 from colossal_pipeline.cutting import NAME, Cutting, balanced_starts, block_costs, cut, read, stream_width, written
 from colossal_pipeline.layouts import AXIS, staged_layouts
 
@@ -46,6 +46,12 @@ class PipelineStrategy:
         if recorded is not None and recorded > last:
             reason, remedy = f"the run ends after step {last}", f"record one of the steps 1 to {last}"
             problems.append(Problem("parallel.pipeline.record_step", reason, remedy, recorded))
+        if recorded is not None and isinstance(self.config.blocks, str):
+            written_to = Path(config.checkpoint.directory) / file_of_step(recorded)
+            if written_to.resolve() == Path(self.config.blocks).resolve():
+                reason = "would be written over the file that parallel.pipeline.blocks is read from"
+                remedy = "record another step, or copy the file"
+                problems.append(Problem("parallel.pipeline.record_step", reason, remedy, recorded))
         if problems:
             return problems
         return list(self._proof_problems(anatomy))
@@ -101,7 +107,19 @@ class PipelineStrategy:
         staged = staged_layouts(draft.layouts, anatomy.flow, cutting, program.stage_ranks, draft.mesh)
         draft = draft.with_program(program).with_stage_units(staged.stage_units)
         draft = draft.with_mesh(staged.mesh).with_layouts(staged.layouts).with_data(self.name, written(cutting))
+        if (early := self._early_step()) is not None:
+            draft = draft.with_note(early)
         return draft.with_note(f"pipeline: {self._summary(program, cutting)}")
+
+    def _early_step(self) -> str | None:
+        """What is said where stages are cut by a step in which kernels were loaded and messages went through host memory."""
+        from colossal_core.stage_links import FIRST_STEPS
+        from colossal_pipeline.trace import BLOCKS_FIELD, Trace
+
+        given = self.config.blocks
+        if not isinstance(given, str) or (step := Trace.read(Path(given), BLOCKS_FIELD).step) > FIRST_STEPS:
+            return None
+        return f"pipeline: {given} is step {step} of its run: stages take other times from step {FIRST_STEPS + 1} on"
 
     def _starts(self, anatomy: ModelAnatomy, flow: Flow, num_stages: int) -> tuple[int, ...]:
         from colossal_pipeline.trace import BLOCKS_FIELD, Trace, measured_costs

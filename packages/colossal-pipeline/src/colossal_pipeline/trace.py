@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_core.errors import ConfigError, Problem
 from colossal_core.program import ActionKind, Program
+from colossal_pipeline.config import file_of_step
 from colossal_pipeline.stage_costs import Costs, StageCosts
 from colossal_pipeline.time_line import TimeLine
 
@@ -67,8 +68,8 @@ class Trace:
                 str(found["schedule"]),
                 int(found["step"]),
                 int(found["num_microbatches"]),
-                tuple(found["stage_ranks"]),
-                tuple(found["blocks"]),
+                tuple(map(int, found["stage_ranks"])),
+                tuple(int(count) for count, _ in zip(found["blocks"], found["stage_ranks"], strict=True)),
                 float(found["clock_error_seconds"]),
                 TimeLine.in_order(found["ranks"]),
             )
@@ -117,14 +118,15 @@ class Trace:
 def measured_costs(trace: Trace, estimated: Sequence[float]) -> list[float]:
     """Seconds of each block in a microbatch, forward and backward, whose sums over the recorded stages are what these took.
 
-    estimated: of each block, in any unit: by it a stage's time is divided among its blocks. The time by which the first or the last stage
+    estimated: of each block, in one unit: by it a stage's time is divided among its blocks. The time by which the first or the last stage
     is slower than those between them, for what it is estimated at, is that of what stands before the first block or behind the last.
     """
     assert sum(trace.blocks) == len(estimated), f"{trace.blocks} blocks, {len(estimated)} estimates"
     taken = [costs.forward + costs.whole_backward for costs in trace.costs().stages]
     stops = list(itertools.accumulate(trace.blocks))
     shares = [list(estimated[stop - count : stop]) for stop, count in zip(stops, trace.blocks, strict=True)]
-    shares = [share if sum(share) > 0 else [1.0] * len(share) for share in shares]
+    if min(map(sum, shares)) <= 0:  # nothing is known of some stage's blocks: all count alike
+        shares = [[1.0] * len(share) for share in shares]
     rates = [seconds / sum(share) for seconds, share in zip(taken, shares, strict=True)]
     usual = statistics.median(rates[1:-1]) if len(rates) > 2 else min(rates)
     for end in (0, -1):
@@ -137,4 +139,4 @@ def measured_costs(trace: Trace, estimated: Sequence[float]) -> list[float]:
 def recorded_file(plan: Plan) -> Path | None:
     """Where the step is written that the plan's config names, if it names one."""
     step = getattr(getattr(plan.config.section("parallel"), "pipeline", None), "record_step", None)
-    return None if step is None else Path(plan.config.checkpoint.directory) / f"pipeline-step-{step}.json"
+    return None if step is None else Path(plan.config.checkpoint.directory) / file_of_step(step)

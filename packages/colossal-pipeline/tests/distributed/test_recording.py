@@ -117,7 +117,12 @@ def test_stages_are_cut_by_what_was_recorded(run_of: Run, exact: Exact, tmp_path
     ]
     replace(trace, time_line=TimeLine.in_order(slow)).write(path)
     spec = run_of("llama", {"parallel.pipeline": {"size": 2, "schedule": "zb-h1", "blocks": str(path)}})
-    assert any("2 stages of 1 3 blocks" in note for note in prepare(spec, 2).plan.notes)
+    notes = prepare(spec, 2).plan.notes
+    assert any("2 stages of 1 3 blocks" in note for note in notes)
+    assert f"pipeline: {path} is step 2 of its run: stages take other times from step 3 on" in notes
+    again = recorded(run_of, tmp_path, {"blocks": str(path)})
+    with pytest.raises(ConfigError, match=r"would be written over the file that parallel\.pipeline\.blocks is"):
+        prepare(again, 2)
     exact(spec, 2)
 
 

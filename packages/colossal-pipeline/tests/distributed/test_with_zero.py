@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from colossal_core.memory_report import changes
 from colossal_core.testing import RunSpec
 from colossal_core.testing.parity import prepare
 from colossal_pipeline.trace import Trace
@@ -92,3 +93,17 @@ def test_a_recorded_step_has_every_action_once(
     spec = run_of("llama", overrides)
     exact(spec, 2)
     Trace.read(tmp_path / "pipeline-step-2.json").check(prepare(spec, 2).plan.program)
+
+
+def test_a_step_out_of_memory_is_offered_shards_of_gradients(run_of: Run) -> None:
+    """Which a pipeline does not keep by itself; and not to gather parameters for each use, which it cannot do."""
+
+    def offered(**zero: Any) -> list[str]:
+        spec = run_of("llama", {"parallel.pipeline": {"size": 2}, "parallel.zero": zero}, microbatches=8)
+        found = [str(change) for change in changes(prepare(spec, 4).plan, training=True)]
+        return [change for change in found if change.startswith("parallel.zero")][: 2 * (4 - zero["stage"]) - 1]
+
+    shards = "parallel.zero.keep_gradients: microbatch"
+    assert offered(stage=3)[:1] == [shards]
+    assert offered(stage=3, keep_gradients="microbatch") == []
+    assert offered(stage=2)[:3] == [shards, "parallel.zero.stage: 3", f"parallel.zero.stage: 3, {shards}"]

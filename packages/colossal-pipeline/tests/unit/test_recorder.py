@@ -156,6 +156,11 @@ def test_blocks_of_different_sizes_and_of_none() -> None:
         ("[]", "TypeError: list indices must be integers or slices, not str"),
         ("{}", "KeyError: 'format'"),
         ('{"format": "other"}', "ValueError: its format is 'other'"),
+        (
+            '{"format": "colossal pipeline step 1", "schedule": "1f1b", "step": 1, "num_microbatches": 1, '
+            '"stage_ranks": [0, 1], "blocks": [4]}',
+            "ValueError: zip() argument 2 is longer than argument 1",
+        ),
         ("F0.0", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),
     ],
 )

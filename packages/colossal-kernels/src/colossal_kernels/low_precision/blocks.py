@@ -87,6 +87,7 @@ def _sum_kernel(
     AT_ONCE: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
     places_B = tl.arange(0, B2)
+    part_stride, scale_stride = tl.cast(part_stride, tl.int64), tl.cast(scale_stride, tl.int64)
     for tile in tl.static_range(TILES):
         blocks_R = (tl.program_id(0).to(tl.int64) * TILES + tile) * R + tl.arange(0, R)
         places_RB = blocks_R[:, None] * block + places_B[None, :]
