@@ -259,9 +259,8 @@ class RankCollectives:
         def issue() -> Handle:
             if guard is None:
                 return transport.exchange(group, staged, tag)
-            transport.prepare(
-                group, staged[0].tensor.device
-            )  # making it needs both sides, and a guarded receive starts late
+            # Making it needs both sides, and a guarded receive starts late.
+            transport.prepare(group, staged[0].tensor.device)
             return guard.exchange(call, staged, lambda part: transport.exchange(group, part, tag))
 
         return started(call, issue, finish)

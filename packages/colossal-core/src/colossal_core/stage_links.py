@@ -155,9 +155,11 @@ class StageLinks:
                 incoming.handle.wait()
             if self._arrived is not None:
                 self._arrived()
-        tensors = incoming.landings or incoming.tensors
-        for landing, tensor in zip(incoming.landings, incoming.tensors, strict=False):
-            landing.copy_(tensor)
+        tensors = incoming.tensors
+        if incoming.landings:
+            for landing, tensor in zip(incoming.landings, tensors, strict=True):
+                landing.copy_(tensor)
+            tensors = incoming.landings
         if payload == "activations":
             for tensor, form in zip(tensors, incoming.forms, strict=True):
                 tensor.requires_grad_(form.differentiable)
